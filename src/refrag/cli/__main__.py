@@ -1,0 +1,7 @@
+"""`python -m refrag.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

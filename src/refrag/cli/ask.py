@@ -1,0 +1,165 @@
+"""`refrag ask`, `demo`, `info` and `bench`."""
+# ruff: noqa: T201
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from .. import __version__
+from ..config import Budget, GenerationSettings, IndexSettings, PolicyName
+from ..errors import InputError
+from ..evaluation.settings import LatencySettings
+from .options import AsJson, Device, Messages, ModelOptions, Reading, check_paths, show
+
+
+@dataclass(frozen=True)
+class Decoding(GenerationSettings):
+    """How the answer is decoded."""
+
+    top_k: Annotated[int, arg(name="sample-top-k")] = 0
+    """Sample among the k most probable tokens; 0: among all."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """The answer ends before this string; may be given several times."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Answer a question from passages: the answer streams to stdout, then a short table to stderr."""
+
+    question: Positional[str]
+    """The question, between quotes."""
+    budget: Budget
+    decoding: Decoding
+    reading: Reading
+    model: ModelOptions
+    messages: Messages
+    index: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Folder of the index to retrieve from."""
+    passages: Path | None = None
+    """File or folder of passages to read, all of them, instead of an index."""
+    top_k: int = 8
+    """Passages to retrieve."""
+    mode: Literal["dense", "text", "hybrid"] = "dense"
+    """Retrieval by meaning, by words (BM25), or by both."""
+    where: str | None = None
+    """Only passages for which this SQL filter on the index's columns holds."""
+    reranker: str | None = None
+    """Cross-encoder that reorders the passages found: folder or name."""
+    policy: PolicyName | None = None
+    """Who decides which chunks are expanded. By default the learned policy if the model has one, else similarity."""
+    system: str | None = None
+    """System text."""
+    trace: bool = False
+    """Show the passages with the expanded parts highlighted."""
+    as_json: AsJson = False
+    """Print the whole answer, with usage, timings and trace, as one JSON object."""
+
+    def run(self) -> int:
+        """Stream the text, or print one object; then the table."""
+        if (self.index is None) == (self.passages is None):
+            raise InputError("Passages must come from one place: give either --index FOLDER or --passages FILE.")
+        if self.passages is not None:
+            check_paths([self.passages])
+        console = self.messages.console()
+        from ..engine import Refrag
+        from ..engine.answer import render_summary, render_trace
+
+        engine = Refrag(self.model.load(), index=self.index, reranker=self.reranker)
+        answer = self._answer(engine)
+        if self.trace:
+            console.print(render_trace(answer))
+        console.print(render_summary(answer))
+        return 0
+
+    def _answer(self, engine: Any) -> Any:
+        from ..engine import Request
+
+        passages = self.passages and list(self.reading.passages([self.passages], engine.model, IndexSettings()))
+        names = "top_k", "policy", "budget", "system", "mode", "where"
+        request = Request(self.question, passages, generation=self.decoding, **{name: getattr(self, name) for name in names})
+        if self.as_json:
+            answer = engine.answer(request)
+            show(answer.to_dict(), as_json=True)
+            return answer
+        with engine.stream(request) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+            return pieces.answer
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Ask the bundled model about an invented world: plain RAG against compressed passages, in one table."""
+
+    messages: Messages
+    num_questions: int = 40
+    """Questions to ask."""
+    seed: int = 0
+    """Which questions of which world."""
+    device: Device = "auto"
+    """Where to compute."""
+    as_json: AsJson = False
+    """Print the table as one JSON object."""
+
+    def run(self) -> int:
+        """Everything happens in refrag.demo.run."""
+        console = self.messages.console()
+        from ..demo.run import run_demo
+
+        run_demo(num_questions=self.num_questions, seed=self.seed, device=self.device, as_json=self.as_json, console=console)
+        return 0
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show versions, device and model."""
+
+    model: ModelOptions
+    messages: Messages
+    as_json: AsJson = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        """Prints one value a line."""
+        self.messages.console()
+        from importlib.metadata import version
+
+        model = self.model.load()
+        parts = {name: f"{getattr(model, name).config.model_type}, {getattr(model, name).num_parameters():,} parameters" for name in ("encoder", "decoder")}
+        config = model.config
+        values = {
+            "refrag": __version__,
+            **{package: version(package) for package in ("torch", "transformers", "lancedb")},
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "model": self.model.model,
+            **parts,
+            "chunk_size": config.chunk_size,
+            "pooling": config.pooling,
+            "policy": f"{config.policy['kind']}, {'trained' if model.has_trained_policy else 'not trained'}",
+            "expand_fraction": config.expand_fraction,
+        }
+        show(values, as_json=self.as_json)
+        return 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure time to first token against the bare decoder's prefill on as many slots."""
+
+    what: Positional[Literal["latency"]]
+    """What to measure."""
+    settings: LatencySettings
+    messages: Messages
+
+    def run(self) -> int:
+        """Everything happens in refrag.evaluation.latency."""
+        self.messages.console()
+        from ..evaluation import latency
+
+        print(json.dumps(latency.run(self.settings), indent=1))
+        return 0

@@ -1,0 +1,114 @@
+"""Options that several commands share, and how they show things."""
+# ruff: noqa: T201
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from rich.console import Console
+from tyro.conf import arg
+
+from ..config import BUNDLED_MODEL, IndexSettings
+from ..errors import InputError, NotFoundError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+AsJson = Annotated[bool, arg(name="json")]
+Folder = Annotated[str, arg(metavar="FOLDER")]
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What is said on stderr."""
+
+    quiet: bool = False
+    """Say nothing but errors: no progress, no tables."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """debug shows context and target lengths, losses and shapes."""
+
+    def console(self) -> Console:
+        """Sets up logging; all that is not data goes through this console."""
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.ERROR, force=True)
+        logging.getLogger("refrag").setLevel("ERROR" if self.quiet else self.log_level.upper())
+        return Console(stderr=True, quiet=self.quiet, highlight=False)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model that reads."""
+
+    model: str = BUNDLED_MODEL
+    """A folder, a name on the Hugging Face hub, or `bundled`: the tiny model that comes with refrag."""
+    device: Device = "auto"
+    """Where to compute."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision; auto: float32 for small models, else what is fastest on the device."""
+
+    def load(self) -> Any:
+        """The RefragModel."""
+        from transformers.utils.logging import disable_progress_bar
+
+        from ..model import load_model
+
+        disable_progress_bar()
+        return load_model(self.model, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The model that an index belongs to."""
+
+    model: str | None = None
+    """Also check that the index belongs to this model."""
+    device: Device = "auto"
+    """Where to load it."""
+
+    def open(self, index: str) -> Any:
+        """The PassageIndex, checked against the model if there is one."""
+        from ..index import PassageIndex
+
+        return PassageIndex.open(index, model=ModelOptions(self.model, self.device).load() if self.model else None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How input files are read."""
+
+    skip_bad: bool = False
+    """Leave out rows and files that cannot be read, and say how many, instead of stopping at the first."""
+    encoding: str = "utf-8"
+    """Encoding of text files."""
+
+    def passages(self, paths: Sequence[Path], model: Any, settings: IndexSettings) -> Iterator[Any]:
+        """The passages of files and folders, one at a time, cut for this model."""
+        from ..index import read_passages
+        from ..text import PromptBuilder
+
+        builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
+        return read_passages(paths, builder=builder, settings=settings, skip_bad=self.skip_bad, encoding=self.encoding)
+
+
+def check_paths(paths: Sequence[Path]) -> None:
+    """Before a model is loaded."""
+    for path in paths:
+        if not path.exists():
+            raise NotFoundError(f"There is no file or folder {path}: check the path.")
+    if not paths:
+        raise InputError("Nothing was named to read: give files or folders before --index.")
+
+
+def show(values: dict[str, Any], *, as_json: bool) -> None:
+    """Data on stdout: one JSON object, or a line per value."""
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False, default=str))
+        return
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        shown = ", ".join(f"{key} {own}" for key, own in value.items()) if isinstance(value, dict) else value
+        print(f"{name:<{width}}  {shown}")

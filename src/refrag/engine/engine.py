@@ -1,0 +1,403 @@
+"""The engine: one way from questions to answers, for one request or a batch, at once or streamed."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..config import BUNDLED_MODEL
+from ..encoder import encoder_window
+from ..errors import BackendError, InputError, RefragError
+from ..layout import Layout, MixedInputs, lay_out, mix, num_slots
+from ..model import RefragModel, load_model
+from ..policy import PolicyInputs, decide
+from ..text import Passage, Prompt, PromptBuilder
+from .answer import TIMING_KEYS, Answer, Options, Request, find_citations
+from .decoding import StepClock, TextFeed, decode, end_token_ids
+from .rerank import CANDIDATES, CrossEncoder, Reranker, rerank
+from .stream import AnswerStream, AsyncAnswerStream
+from .vectors import VectorSource
+
+log = logging.getLogger(__name__)
+
+Passages = Sequence[str | dict | Passage] | None
+Retriever = Callable[[str], Sequence[str | dict | Passage]]
+Sink = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request on its way: what it reads and what was decided."""
+
+    request: Request
+    prompt: Prompt
+    scores: dict[int, float]
+    """Retrieval score by `id()` of the passage object."""
+    expand_mask: Bool[Tensor, "chunk"]
+    chunk_scores: Float[Tensor, "chunk"]
+    rule: str
+
+
+class Stopwatch:
+    """Seconds per stage; waits for the device, so that queued work counts where it was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = time.perf_counter()
+        self.seconds = dict.fromkeys(TIMING_KEYS, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+        self.seconds[stage] += time.perf_counter() - begin
+
+    def finish(self, clock: StepClock, decode_start: float) -> dict[str, float]:
+        """All timings of an answer."""
+        first = clock.stamps[0]
+        decoding = {"prefill_s": first - decode_start, "ttft_s": first - self.start, "per_token_s": clock.per_token_s}
+        return self.seconds | decoding | {"total_s": time.perf_counter() - self.start}
+
+
+class Refrag:
+    """Answers questions from passages with a RefragModel. Safe to share between threads."""
+
+    def __init__(
+        self,
+        model: RefragModel,
+        *,
+        index: Any = None,
+        retriever: Retriever | None = None,
+        reranker: str | Reranker | None = None,
+        cache_chunks: int = 65_536,
+    ) -> None:
+        """`index`: a PassageIndex or its path; `retriever`: any callable from a question to passages, instead of an index;
+        `reranker`: a cross-encoder's name, or a callable (question, passages) → scores; `cache_chunks`: chunk vectors kept
+        in memory for passages that are not in the index.
+
+        Raises InputError for a model without tokenizers and for an index beside a retriever, MismatchError for an
+        index of another model, NotFoundError where there is none.
+        """
+        if index is not None and retriever is not None:
+            raise InputError("Passages come from an index or from a retriever, both were given: keep one.")
+        if model.tokenizer is None or model.encoder_tokenizer is None:
+            missing = "decoder" if model.tokenizer is None else "encoder"
+            raise InputError(f"The model has no {missing} tokenizer: pass {missing}_tokenizer=… to RefragModel.from_parts and save it again.")
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.index = None if index is None else _open(index, model)
+        self.retriever = retriever
+        self.reranker = CrossEncoder(reranker, device=model.device) if isinstance(reranker, str) else reranker
+        self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
+        self.vectors = VectorSource(model, index=self.index, cache_chunks=cache_chunks)
+        self._end_ids = end_token_ids(model.decoder, model.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = BUNDLED_MODEL,
+        *,
+        index: Any = None,
+        retriever: Retriever | None = None,
+        reranker: str | Reranker | None = None,
+        **loading: Any,
+    ) -> "Refrag":
+        """Load a model by folder, hub name or `bundled`; `loading` goes to `load_model`: device, dtype, revision, …"""
+        return cls(load_model(model, **loading), index=index, retriever=retriever, reranker=reranker)
+
+    # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def answer(
+        self, question: str | Request, passages: Passages = None, *, cancel: threading.Event | None = None, **options: Unpack[Options]
+    ) -> Answer:
+        """The answer to one question, from `passages` or else from the index or retriever; `[]` answers without any.
+
+        `options` are the fields of Request, Budget and GenerationSettings by name. Setting `cancel` stops after the running token.
+        Raises InputError for bad options, for a prompt that the decoder cannot hold, and without any source of passages.
+        """
+        return self._run([Request.make(question, passages, **options)], is_cancelled=cancel.is_set if cancel else _never)[0]
+
+    def answer_batch(
+        self, questions: Sequence[str | Request], *, cancel: threading.Event | None = None, **options: Unpack[Options]
+    ) -> list[Answer]:
+        """The answers to many questions by one padded `generate`, equal to the single ones; `timings` are the batch's.
+
+        `options` hold for the questions given as text. Raises InputError when generation settings differ other than by seed.
+        """
+        requests = [question if isinstance(question, Request) else Request.make(question, **options) for question in questions]
+        if len({replace(request.generation, seed=0) for request in requests}) > 1:
+            raise InputError("The requests of a batch must share their generation settings, the seed aside: make one batch for each.")
+        return self._run(requests, is_cancelled=cancel.is_set if cancel else _never) if requests else []
+
+    def stream(
+        self, question: str | Request, passages: Passages = None, *, cancel: threading.Event | None = None, **options: Unpack[Options]
+    ) -> AnswerStream:
+        """As `answer`, piece by piece: iterate for the text, then read `.answer`. The pieces together are its text."""
+        start = time.perf_counter()
+        request = Request.make(question, passages, **options)
+        return AnswerStream(lambda sink, is_cancelled: self._run([request], sink, is_cancelled=is_cancelled, start=start)[0], cancel=cancel)
+
+    async def aanswer(self, question: str | Request, passages: Passages = None, **options: Unpack[Options]) -> Answer:
+        """As `answer`, in a thread; cancelling the task stops the decoding."""
+        cancel = threading.Event()
+        try:
+            return await asyncio.to_thread(self.answer, question, passages, cancel=cancel, **options)
+        except asyncio.CancelledError:
+            cancel.set()
+            raise
+
+    def astream(self, question: str | Request, passages: Passages = None, **options: Unpack[Options]) -> AsyncAnswerStream:
+        """As `stream`, for `async for`."""
+        return AsyncAnswerStream(self.stream(question, passages, **options))
+
+    # ── the flow ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        sink: Sink | None = None,
+        *,
+        is_cancelled: Callable[[], bool],
+        start: float | None = None,
+    ) -> list[Answer]:
+        watch = Stopwatch(self.device)
+        watch.start = watch.start if start is None else start
+        with torch.inference_mode(), _backend_errors(self.device):
+            rows, layout, inputs = self._prepare(requests, watch)
+            feeds = [TextFeed(self.model.tokenizer, self._end_ids, request.generation.stop, sink) for request in requests]
+            decode_start = time.perf_counter()
+            clock = decode(
+                self.model.decoder,
+                inputs,
+                feeds,
+                settings=requests[0].generation,
+                seeds=[request.generation.seed for request in requests],
+                is_cancelled=is_cancelled,
+            )
+        timings = watch.finish(clock, decode_start)
+        usages = _usages(layout, rows, feeds, kv_bytes=layout.kv_bytes(self.model.decoder.config, self.model.decoder.dtype))
+        log.debug("decoded %s tokens, the first after %.4f s", [feed.num_tokens for feed in feeds], timings["ttft_s"])
+        cancelled = is_cancelled()
+        return [_answer(*parts, timings=timings, cancelled=cancelled) for parts in zip(rows, feeds, usages, strict=True)]
+
+    def _prepare(self, requests: Sequence[Request], watch: Stopwatch) -> tuple[list[Row], Layout, MixedInputs]:
+        """Everything before the decoder: passages, prompts, vectors, decisions, layout, mixed inputs."""
+        with watch("retrieve_s"):
+            found = [self._passages(request) for request in requests]
+        with watch("prompt_s"):
+            prompts = [self._prompt(request, own) for request, own in zip(requests, found, strict=True)]
+        with watch("vectors_s"):
+            stored = {id(passage) for own in found for passage, _ in own} if self.index is not None else set()
+            stored -= {id(passage) for request in requests for passage in request.passages or ()}
+            vectors = self.vectors.chunk_embeds(prompts, stored=stored, needed=[request.policy != "all" for request in requests])
+        with watch("sense_s"):
+            rows = [self._row(*parts) for parts in zip(requests, prompts, found, vectors, strict=True)]
+        with watch("layout_s"):
+            layout = lay_out(prompts, [row.expand_mask for row in rows]).to(self.device)
+            self._check_positions(layout, requests)
+        with watch("project_s"):
+            inputs = self._mix(layout, rows, vectors)
+        log.debug(
+            "context tokens %s in %s slots, prompt slots %s, inputs_embeds %s",
+            layout.context_tokens,
+            layout.context_slots,
+            layout.num_slots,
+            tuple(inputs.inputs_embeds.shape),
+        )
+        return rows, layout, inputs
+
+    def _passages(self, request: Request) -> list[tuple[str | dict | Passage, float | None]]:
+        """The passages to read with their retrieval scores, best first."""
+        if request.passages is not None:
+            return [(passage, None) for passage in request.passages]
+        wanted = request.top_k * (CANDIDATES if self.reranker else 1)
+        if self.retriever is not None:
+            if request.where is not None:
+                raise InputError("The filter `where` belongs to an index, this engine has a retriever: filter in the retriever.")
+            found = [(Passage.from_any(own, number), None) for number, own in enumerate(self.retriever(request.question), 1)][:wanted]
+        elif self.index is not None:
+            hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where)
+            found = [(hit.passage, float(hit.score)) for hit in hits]
+        else:
+            raise InputError("There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=….")
+        return rerank(self.reranker, request.question, [own for own, _ in found], request.top_k) if self.reranker else found
+
+    def _prompt(self, request: Request, found: list[tuple[str | dict | Passage, float | None]]) -> Prompt:
+        return self.builder.build(
+            request.question,
+            [passage for passage, _ in found],
+            system=request.system,
+            history=request.history,
+            passages_first=request.passages_first,
+        )
+
+    def _row(self, request: Request, prompt: Prompt, found: list[tuple[Any, float | None]], vectors: Float[Tensor, "_ enc"]) -> Row:
+        """The policy's decision for one prompt."""
+        learned = self.model.policy if self.model.has_trained_policy else None
+        policy = request.policy or ("learned" if learned is not None else "similarity")
+        policy = policy if prompt.chunks else "none"
+        lengths = torch.tensor([len(chunk.token_ids) for chunk in prompt.chunks], dtype=torch.long, device=self.device)
+        inputs = PolicyInputs(
+            chunk_embeds=vectors,
+            chunk_lengths=lengths,
+            passage_index=torch.tensor([chunk.passage for chunk in prompt.chunks], dtype=torch.long, device=self.device),
+            question_embeds=self._question_embeds(request.question) if _needs_question(policy, learned) else None,
+            perplexity=lambda: self.model.chunk_perplexity(prompt),
+            seed=request.generation.seed,
+        )
+        mask, scores = decide(
+            policy,
+            inputs,
+            budget=request.budget,
+            base_slots=num_slots(prompt, [False] * len(prompt.chunks)),
+            default_fraction=self.model.config.expand_fraction,
+            learned=learned,
+        )
+        rule = policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
+        by_passage = {id(passage): score for passage, score in found if score is not None}
+        return Row(request, prompt, by_passage, mask.cpu(), scores.float().cpu(), rule)
+
+    def _question_embeds(self, question: str) -> Float[Tensor, "enc"]:
+        window = encoder_window(self.model.encoder, self.model.encoder_tokenizer)
+        num_tokens = len(self.model.encoder_tokenizer(question)["input_ids"])
+        if num_tokens > window:
+            raise InputError(
+                f"The question has {num_tokens} tokens, {num_tokens - window} more than the encoder's window of {window}: "
+                "shorten it, or choose --policy first, which does not read it."
+            )
+        return self.model.encode([question])[0]
+
+    def _check_positions(self, layout: Layout, requests: Sequence[Request]) -> None:
+        limit = getattr(self.model.decoder.config.get_text_config(), "max_position_embeddings", None)
+        for slots, request in zip(layout.num_slots, requests, strict=True):
+            longest = request.generation.max_new_tokens
+            if limit is not None and slots + longest > limit:
+                raise InputError(
+                    f"The prompt takes {slots} slots and the answer up to {longest} tokens, {slots + longest - limit} more than the decoder's "
+                    f"{limit} positions: lower --top-k, --max-new-tokens or the budget (--max-slots {max(limit - longest, 1)})."
+                )
+
+    def _mix(self, layout: Layout, rows: Sequence[Row], vectors: Sequence[Float[Tensor, "_ enc"]]) -> MixedInputs:
+        """Only compressed chunks are projected; the rows of expanded ones occupy no slot and stay zero."""
+        decoder, device = self.model.decoder, self.device
+        expanded = torch.cat([row.expand_mask for row in rows])
+        compressed = (~expanded).nonzero().squeeze(1).to(device)
+        width = decoder.config.get_text_config().hidden_size
+        projected = torch.zeros(len(expanded), width, device=device, dtype=decoder.dtype)
+        if len(compressed):
+            projected[compressed] = self.model.project(torch.cat(list(vectors))[compressed])
+        return mix(layout, decoder.get_input_embeddings(), projected)
+
+
+def _never() -> bool:
+    return False
+
+
+def _open(index: Any, model: RefragModel) -> Any:
+    """An index at a path is opened; either way it must belong to the model."""
+    from ..index import PassageIndex
+
+    if isinstance(index, str | Path):
+        return PassageIndex.open(index, model=model)
+    if index.model is not model:
+        index.manifest.check_model(model.fingerprint(), index.path)
+    return index
+
+
+def _needs_question(policy: Any, learned: Any) -> bool:
+    """Only fixed rules are known not to look at the question's vector, and learned policies say so."""
+    if policy == "learned":
+        return bool(getattr(learned, "question_aware", False))
+    return policy == "similarity" or not isinstance(policy, str)
+
+
+@contextmanager
+def _backend_errors(device: torch.device) -> Iterator[None]:
+    """A device that fails is reported in one sentence that names the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendError(f"The device {device} ran out of memory: lower --max-slots or --top-k, or run with --device cpu.") from error
+    except (NotImplementedError, RuntimeError) as error:
+        if device.type == "cpu" or isinstance(error, RefragError):
+            raise
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BackendError(f"The device {device} failed ({reason}): run the same command with --device cpu.") from error
+
+
+def _usages(layout: Layout, rows: Sequence[Row], feeds: Sequence[TextFeed], *, kv_bytes: Sequence[int]) -> list[dict[str, int | float]]:
+    """`Answer.usage` of each row."""
+    rates, slots = layout.compression_rate, layout.num_slots
+    return [
+        {
+            "context_tokens": layout.context_tokens[number],
+            "context_slots": layout.context_slots[number],
+            "prompt_slots": slots[number],
+            "num_chunks": len(row.expand_mask),
+            "expanded_chunks": int(row.expand_mask.sum()),
+            "compression_rate": rates[number],
+            "kv_bytes": kv_bytes[number],
+            "completion_tokens": feed.num_tokens,
+        }
+        for number, (row, feed) in enumerate(zip(rows, feeds, strict=True))
+    ]
+
+
+def _answer(row: Row, feed: TextFeed, usage: dict[str, int | float], *, timings: dict[str, float], cancelled: bool) -> Answer:
+    return Answer(
+        text=feed.text,
+        citations=find_citations(feed.text, row.prompt.passages),
+        usage=usage,
+        timings=dict(timings),
+        trace=_trace(row),
+        passages=_passage_entries(row),
+        finish_reason="stop" if feed.finished else "cancelled" if cancelled else "length",
+    )
+
+
+def _trace(row: Row) -> list[dict[str, Any]]:
+    """One entry a chunk: where it stands, and why it was expanded or not."""
+    decisions = zip(row.prompt.chunks, row.prompt.chunk_texts(), row.chunk_scores.tolist(), row.expand_mask.tolist(), strict=True)
+    return [
+        {
+            "passage_id": row.prompt.passages[chunk.passage].id,
+            "title": row.prompt.passages[chunk.passage].title,
+            "start": chunk.start,
+            "end": chunk.end,
+            "text": text,
+            "score": score,
+            "expanded": expanded,
+            "rule": row.rule,
+        }
+        for chunk, text, score, expanded in decisions
+    ]
+
+
+def _passage_entries(row: Row) -> list[dict[str, Any]]:
+    num_chunks, expanded = Counter[int](), Counter[int]()
+    for chunk, is_expanded in zip(row.prompt.chunks, row.expand_mask.tolist(), strict=True):
+        num_chunks[chunk.passage] += 1
+        expanded[chunk.passage] += is_expanded
+    return [
+        {
+            "number": place + 1,
+            "id": passage.id,
+            "title": passage.title,
+            "score": row.scores.get(id(passage)),
+            "num_chunks": num_chunks[place],
+            "expanded_chunks": expanded[place],
+        }
+        for place, passage in enumerate(row.prompt.passages)
+    ]

@@ -1,0 +1,338 @@
+"""What a model folder holds and how it is checked: tokenizers, adapters, exports, hashes, the model card.
+
+    config.json, model.safetensors      the whole model (`parts="all"`)
+    config.json, adapter.safetensors    encoder, projector, policy and LoRA; the decoder is named in config.json (`parts="adapter"`)
+    tokenizer.json, …                   the decoder's tokenizer
+    encoder_tokenizer/                  the encoder's
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from .errors import InputError, MismatchError, NotFoundError, missing_extra
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter.safetensors"
+ENCODER_TOKENIZER = "encoder_tokenizer"
+DOWNLOAD_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+BOUND = ("chunk_size", "pooling", "projector_width", "policy", "encoder_config", "decoder_config")
+"""Settings that the weights were trained with: a folder cannot be loaded with others."""
+
+
+# ── hashes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weights_hash(module: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 over names, shapes and values, the values rounded to bfloat16.
+
+    Rounded, so that the precision a model is loaded in does not matter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous()
+        digest.update(memoryview(rounded.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the tokenizer's JSON without its padding and truncation; empty for None."""
+    if tokenizer is None:
+        return ""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.pop("padding", None), content.pop("truncation", None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_config(config_class: Any, name: str, **download: Any) -> Any:
+    """The RefragConfig of a folder or hub name.
+
+    Raises NotFoundError when there is none, MismatchError when it is another kind of model.
+    """
+    try:
+        found, _ = config_class.get_config_dict(name, **download)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(f"No model {name!r} was found here or on the hub ({first_line(error)}): check --model.") from error
+    if not found:
+        raise NotFoundError(f"No model {name!r} was found, the folder has no config.json: check --model.")
+    if found.get("model_type") != config_class.model_type:
+        kind = found.get("model_type") or "unknown"
+        raise MismatchError(f"{name!r} is a {kind} model, not a refrag one: wrap it with RefragModel.from_parts(encoder, decoder), or check --model.")
+    return config_class.from_dict(found)
+
+
+def apply_overrides(config: Any, kwargs: dict[str, Any]) -> None:
+    """Take settings of the config out of `kwargs`; raises MismatchError when one contradicts what the weights were trained with."""
+    for key in [key for key in kwargs if key in type(config).__annotations__]:
+        value, saved = kwargs.pop(key), getattr(config, key)
+        if key in BOUND and value != saved:
+            raise MismatchError(f"This model was made with {key} {saved}, {value} was asked for: leave {key} out, or train a model with it.")
+        setattr(config, key, value)
+
+
+def check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Raises MismatchError, naming the part, when weights are missing, superfluous or of another shape (transformers only warns)."""
+    for key, saved, wanted in sorted(map(tuple, info["mismatched_keys"])):
+        raise MismatchError(
+            f"The {_part(key)} in {name!r} does not fit config.json: {key} has shape {tuple(saved)}, the config asks for "
+            f"{tuple(wanted)}: use weights and config of one and the same model."
+        )
+    for what, keys in (("lacks", info["missing_keys"]), ("has unknown weights", info["unexpected_keys"])):
+        for key in sorted(keys):
+            raise MismatchError(f"The {_part(key)} in {name!r} does not fit config.json: it {what} {key}: use weights and config of one and the same model.")
+
+
+def check_decoder(config: Any, decoder: Any, name: str) -> None:
+    """Raises MismatchError when the decoder named by an adapter is not shaped like the one the adapter was trained with."""
+    for key in ("model_type", "hidden_size", "vocab_size", "num_hidden_layers"):
+        given, wanted = getattr(decoder.config, key, None), getattr(config.decoder_config, key, None)
+        if given != wanted:
+            raise MismatchError(f"The adapter was trained with a decoder of {key} {wanted}, {name!r} has {given}: pass decoder_name with the right model.")
+
+
+def check_tokenizers(model: Any) -> None:
+    """Raises MismatchError when a tokenizer can give ids that its network has no embedding for."""
+    for part, tokenizer in (("decoder", model.tokenizer), ("encoder", model.encoder_tokenizer)):
+        rows = getattr(model, part).get_input_embeddings().num_embeddings
+        if tokenizer is not None and len(tokenizer) > rows:
+            raise MismatchError(f"The {part}'s tokenizer has {len(tokenizer)} entries, its embeddings {rows}: use the tokenizer that belongs to the {part}.")
+
+
+def load_tokenizer(name: str, subfolder: str = "", **download: Any) -> Any:
+    """The tokenizer in a folder, or None when there is none."""
+    subfolder = "/".join(filter(None, (download.pop("subfolder", ""), subfolder)))
+    try:
+        if not cached_file(name, "tokenizer_config.json", subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **download):
+            return None
+        return AutoTokenizer.from_pretrained(name, subfolder=subfolder, **download)
+    except (OSError, ValueError) as error:
+        logger.warning("The tokenizer in %s could not be read: %s", name, first_line(error))
+        return None
+
+
+def load_adapter(model_class: Any, name: str, config: Any, **kwargs: Any) -> Any:
+    """A model from an adapter folder: the decoder from `config.decoder_name`, everything else from the folder.
+
+    `kwargs` go to the decoder's `from_pretrained`. Raises MismatchError when the parts do not fit.
+    """
+    download = {key: kwargs.pop(key) for key in DOWNLOAD_KWARGS if key in kwargs}
+    access = {key: value for key, value in download.items() if key not in ("revision", "subfolder")}
+    path = cached_file(name, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, **download)
+    if path is None:
+        raise NotFoundError(f"The adapter {name!r} has no {ADAPTER_FILE}: save it again with parts='adapter'.")
+    try:
+        decoder = AutoModelForCausalLM.from_pretrained(config.decoder_name, revision=config.decoder_revision, **access, **kwargs)
+    except OSError as error:
+        raise NotFoundError(
+            f"The adapter's decoder {config.decoder_name!r} was not found ({first_line(error)}): pass decoder_name with its folder."
+        ) from error
+    check_decoder(config, decoder, config.decoder_name)
+    weights = load_file(path)
+    model = model_class(config, decoder=decoder)
+    state = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
+    shapes = [(key, weights[key].shape, state[key].shape) for key in weights if key in state and weights[key].shape != state[key].shape]
+    check_loaded(name, {"mismatched_keys": shapes, "missing_keys": state.keys() - weights.keys(), "unexpected_keys": weights.keys() - state.keys()})
+    model.load_state_dict(weights, strict=False)
+    for key, parameter in model.named_parameters():
+        if is_adapter_key(key):  # parameters only: rotary buffers stay in float32, as transformers keeps them
+            parameter.data = parameter.data.to(decoder.dtype)
+    for part in filter(None, (model.encoder, model.projector, model.policy)):
+        part.to(decoder.device)
+    return model.eval()
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key of the state dict belongs to the adapter: all but the decoder's own weights."""
+    return not key.startswith("decoder.") or ".lora_" in key or ".modules_to_save." in key
+
+
+def _part(key: str) -> str:
+    return key.split(".", 1)[0]
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")[:200]
+
+
+# ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def written_whole(folder: str | os.PathLike) -> Generator[Path]:
+    """A new folder beside `folder` to write into; its files are moved there when all are written, readable by others.
+
+    A full disk or an interruption leaves `folder` as it was. Raises InputError when the files cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"A model is saved into a folder, {folder} is a file: choose another name.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            yield Path(temporary)
+            _move_into(Path(temporary), folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"The model could not be written to {folder} ({first_line(error)}): free some space, or choose another folder.") from error
+
+
+def _move_into(source: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for old in [*folder.glob("model*.safetensors*"), folder / ADAPTER_FILE]:  # else other shards would stay beside the new ones
+        if not (source / old.name).exists():
+            old.unlink(missing_ok=True)
+    for path in sorted(source.rglob("*")):
+        target = folder / path.relative_to(source)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
+            shutil.move(path, target)
+
+
+def save_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write config.json and adapter.safetensors. Raises InputError when nobody could find the decoder again."""
+    if not model.config.decoder_name:
+        raise InputError("An adapter needs its decoder's name, this model was built from a module: set model.config.decoder_name to a folder or hub name.")
+    config = copy.deepcopy(model.config)
+    config.parts = "adapter"
+    config.save_pretrained(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in (state_dict or model.state_dict()).items() if is_adapter_key(key)}
+    save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+def save_tokenizers(model: Any, folder: Path) -> None:
+    """Write the decoder's tokenizer into the folder, the encoder's into its sub-folder."""
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    if model.encoder_tokenizer is not None:
+        model.encoder_tokenizer.save_pretrained(folder / ENCODER_TOKENIZER)
+
+
+def export_decoder(model: Any, folder: str | os.PathLike) -> None:
+    """Write the decoder alone, LoRA merged, as a plain Hugging Face folder that any engine loads."""
+    config = copy.deepcopy(model.decoder.config)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config, dtype=model.decoder.dtype)
+    if model.decoder.generation_config is not None:
+        shell.generation_config = model.decoder.generation_config
+    with written_whole(folder) as new:
+        shell.save_pretrained(new, state_dict=merged_state(model.decoder))
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(new)
+
+
+def merged_state(decoder: Any) -> dict[str, Tensor]:
+    """The decoder's state dict with LoRA merged into copies of the layers it adapts, under the plain names."""
+    adapted = {name: module for name, module in decoder.named_modules() if hasattr(module, "get_base_layer")}
+    if not adapted:
+        return decoder.state_dict()
+    state = {key: value for key, value in decoder.state_dict().items() if not any(key.startswith(f"{name}.") for name in adapted)}
+    for name, module in adapted.items():
+        merged = copy.deepcopy(module)
+        merged.merge(safe_merge=True)
+        state |= {f"{name}.{key}": value.detach() for key, value in merged.get_base_layer().state_dict().items()}
+    return state
+
+
+# ── LoRA ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lora_settings(lora: Any) -> dict[str, Any]:
+    """What distinguishes a peft.LoraConfig from the default one, as JSON: what RefragConfig.lora holds.
+
+    Raises InputError for another kind of adapter.
+    """
+    peft = import_peft()
+    if not isinstance(lora, peft.LoraConfig):
+        raise InputError(f"The decoder's adapter must be a peft.LoraConfig, was a {type(lora).__name__}: use LoRA.")
+    default = peft.LoraConfig().to_dict()
+    skipped = {"base_model_name_or_path", "peft_version", "auto_mapping", "inference_mode", "revision"}
+    given = {key: value for key, value in lora.to_dict().items() if key not in skipped and value != default.get(key)}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in given.items()}
+
+
+def import_peft() -> Any:
+    """The peft module. Raises MissingExtraError when it is not installed."""
+    try:
+        import peft  # takes seconds
+    except ImportError as error:
+        raise missing_extra("peft", "lora", "LoRA") from error
+    return peft
+
+
+# ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a hub name stood at when it was loaded; the revision itself for a local folder."""
+    try:
+        path = cached_file(name, "config.json", revision=revision or "main", _raise_exceptions_for_missing_entries=False) or ""
+    except OSError:  # offline, or a name that is no repository
+        path = ""
+    commit = re.search(r"snapshots/([0-9a-f]{40})/", path)
+    return commit[1] if commit else revision
+
+
+def model_card(model: Any) -> str:
+    """README.md of a pushed model: front matter for the hub, what it is, how to load it."""
+    config = model.config
+    bases = [name for name in (config.decoder_name, config.encoder_name) if name and not Path(name).exists()]
+    lines = ["---", "library_name: refrag", "pipeline_tag: text-generation", "tags: [refrag, rag, arxiv:2509.01092]"]
+    lines += [f"base_model: [{', '.join(bases)}]"] if bases else []
+    lines += ["---", "", "# A REFRAG model", ""]
+    lines += [
+        "Retrieved passages enter the decoder as one vector per chunk; a policy expands the chunks that matter "
+        "(REFRAG, arXiv 2509.01092).",
+        "",
+        "| part | what |",
+        "|---|---|",
+        f"| decoder | {config.decoder_name or config.decoder_config.model_type}{f' @ {config.decoder_revision}' if config.decoder_revision else ''} |",
+        f"| encoder | {config.encoder_name or config.encoder_config.model_type}, {config.pooling} pooling |",
+        f"| chunk_size | {config.chunk_size} tokens |",
+        f"| policy | {config.policy['kind']}, {'trained' if config.policy['trained'] else 'not trained'} |",
+        f"| LoRA | {'yes' if config.lora else 'no'} |",
+        "",
+        "```python",
+        "from refrag import Refrag",
+        "",
+        'engine = Refrag.from_pretrained("REPOSITORY")',
+        'print(engine.answer("…", passages=["…"]).text)',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def push(model: Any, repo_id: str, *, parts: str, **kwargs: Any) -> str:
+    """Upload the model's folder with its card; returns the address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        model.save_pretrained(folder, parts=parts)
+        (folder / "README.md").write_text(model_card(model).replace("REPOSITORY", repo_id), encoding="utf-8")
+        commit = kwargs.pop("commit_message", "Upload refrag model")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit, **kwargs))

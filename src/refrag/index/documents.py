@@ -1,0 +1,268 @@
+"""Files and folders -> documents: a title, a text and where they come from. One reader per format."""
+
+import csv
+import gzip
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import InputError, missing_extra
+
+log = logging.getLogger(__name__)
+
+BLOCK_CHARACTERS = 1_000_000
+"""Plain text is read in blocks of about this size, which end at a blank line: a file of any size fits."""
+
+KNOWN = ("id", "text", "title", "metadata")
+BadRow = Callable[[InputError], None]
+"""Told of a row or file that cannot be read: raises the error, or counts it and returns."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text before it is split. Pieces of one file follow each other with the same id; `start` is where a piece begins in the file's text."""
+
+    id: str
+    text: str
+    title: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    start: int | None = None
+    """None: a row, which keeps its id when it needs no splitting."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read, and how."""
+
+    path: Path
+    encoding: str
+    on_bad: BadRow
+
+    def open(self) -> TextIO:
+        """The file as text, decompressed where its name ends in .gz; a byte order mark is not text."""
+        encoding = "utf-8-sig" if self.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else self.encoding
+        opener = gzip.open if self.path.suffix.lower() == ".gz" else open
+        return opener(self.path, "rt", encoding=encoding)  # type: ignore[return-value]
+
+    @property
+    def stem(self) -> str:
+        """The file's name without its endings."""
+        return self.path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def from_row(row: Any, source: str, where: str, on_bad: BadRow) -> Iterator[Document]:
+    """The documents of one row: its `text`, or the texts under `passages` (question answering rows).
+
+    The id is the row's, else made of title and a hash of both, so that the same passage has the same id everywhere.
+    """
+    if isinstance(row, str):
+        row = {"text": row}
+    if isinstance(row, Mapping) and isinstance(row.get("passages"), list):
+        for passage in row["passages"]:
+            yield from from_row(passage, source, where, on_bad)
+        return
+    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
+        given = f"the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+        on_bad(InputError(f'{where}: a row must have a string under "text" or a list under "passages", has {given}; mend it, or keep the rest with --skip-bad.'))
+        return
+    text, title = row["text"], str(row.get("title") or "")
+    try:
+        digest = sha256(f"{title}\0{text}".encode()).hexdigest()[:12]
+    except UnicodeEncodeError:
+        on_bad(InputError(f"{where}: the text holds half a character (a lone surrogate); mend it, or keep the rest with --skip-bad."))
+        return
+    given_metadata = row.get("metadata")
+    metadata = dict(given_metadata) if isinstance(given_metadata, Mapping) else {}
+    metadata |= {key: value for key, value in row.items() if key not in KNOWN and value is not None} | {"source": source}
+    identity = row.get("id")
+    yield Document(f"{title}#{digest}" if identity is None or identity == "" else str(identity), text, title, metadata)
+
+
+def read_text(source: Source) -> Iterator[Document]:
+    """Plain text and Markdown: one document, in blocks. A Markdown file's title is its first heading."""
+    start, title = 0, source.stem
+    with source.open() as file:
+        while block := _block(file):
+            if start == 0 and ".md" in source.path.name.lower():
+                title = next((line.lstrip("# ").strip() for line in block.splitlines() if line.startswith("#")), title)
+            yield Document(str(source.path), block, title, {"source": str(source.path)}, start)
+            start += len(block)
+
+
+def _block(file: TextIO) -> str:
+    lines, size = [], 0
+    for line in iter(lambda: file.readline(BLOCK_CHARACTERS), ""):
+        lines.append(line)
+        size += len(line)
+        if size >= 2 * BLOCK_CHARACTERS or (size >= BLOCK_CHARACTERS and not line.strip()):
+            break
+    return "".join(lines)
+
+
+def read_json_lines(source: Source) -> Iterator[Document]:
+    """One JSON row a line."""
+    with source.open() as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{source.path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                source.on_bad(InputError(f"{where}: this line is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
+                continue
+            yield from from_row(row, str(source.path), where, source.on_bad)
+
+
+def read_json(source: Source) -> Iterator[Document]:
+    """A JSON list of rows or one row, held in memory whole; a file of JSON lines under this name is read as such."""
+    with source.open() as file:
+        try:
+            content = json.load(file)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if str(error).startswith("Extra data"):
+                content = None
+            else:
+                source.on_bad(InputError(f"{source.path}: this file is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
+                return
+    if content is None:
+        yield from read_json_lines(source)
+        return
+    for number, row in enumerate(content if isinstance(content, list) else [content], 1):
+        yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
+
+
+def read_csv(source: Source) -> Iterator[Document]:
+    """Comma- or tab-separated rows under a header with a `text` column."""
+    csv.field_size_limit(1 << 30)
+    tabs = ".tsv" in source.path.name.lower()
+    with source.open() as file:
+        rows = csv.DictReader(file, delimiter="\t" if tabs else ",")
+        if "text" not in (rows.fieldnames or ()):
+            source.on_bad(InputError(f"{source.path}: the header must name a column 'text', has {', '.join(rows.fieldnames or ['nothing'])}."))
+            return
+        for row in rows:
+            where = f"{source.path}, line {rows.line_num}"
+            extra = row.pop(None, None)  # type: ignore[call-overload]
+            if extra or row["text"] is None:
+                source.on_bad(InputError(f"{where}: this row has {'more' if extra else 'fewer'} cells than the header; quote it, or keep the rest with --skip-bad."))
+                continue
+            yield from from_row(row, str(source.path), where, source.on_bad)
+
+
+def read_parquet(source: Source) -> Iterator[Document]:
+    """Rows with a `text` (or `passages`) column, a thousand at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield from from_row(row, str(source.path), str(source.path), source.on_bad)
+    except pa.ArrowInvalid as error:
+        source.on_bad(InputError(f"{source.path}: this is not a Parquet file ({error})."))
+
+
+def read_dataset(source: Source) -> Iterator[Document]:
+    """A Hugging Face dataset (or a dict of them) written by `save_to_disk`."""
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise missing_extra("datasets", "data", "Reading a Hugging Face dataset") from error
+    loaded = load_from_disk(str(source.path))
+    for part in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
+        for number, row in enumerate(part, 1):
+            yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
+
+
+def read_pdf(source: Source) -> Iterator[Document]:
+    """The text layer of a PDF, page by page; offsets count in the whole text, pages joined by a blank line."""
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError as error:
+        raise missing_extra("pypdf", "docs", "Reading PDF files") from error
+    start, found = 0, False
+    try:
+        reader = PdfReader(source.path)
+        title = str((reader.metadata or {}).get("/Title") or "") or source.stem
+        for number, page in enumerate(reader.pages, 1):
+            text = page.extract_text() or ""
+            found = found or bool(text.strip())
+            yield Document(str(source.path), text, title, {"source": str(source.path), "page": number}, start)
+            start += len(text) + 2
+    except PyPdfError as error:
+        source.on_bad(InputError(f"{source.path}: this PDF cannot be read ({error}); mend it, or keep the rest with --skip-bad."))
+        return
+    if not found:
+        log.warning("%s has no text layer (a scan?): nothing of it is indexed.", source.path)
+
+
+class _Page(HTMLParser):
+    """Text of an HTML page: block elements are separated by blank lines, scripts and styles left out."""
+
+    _BLOCKS = re.compile(r"address|article|aside|blockquote|br|d[dlt]|div|fig\w+|footer|form|h[1-6r]|header|li|main|nav|[ou]l|p|pre|section|table|tr")
+    _HIDDEN = frozenset(("script", "style", "template", "noscript"))
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.lines: list[list[str]] = [[]]
+        self.title = ""
+        self._open: list[str] = []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if self._BLOCKS.fullmatch(tag):
+            self.lines.append([])
+        if tag in self._HIDDEN or tag == "title":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._BLOCKS.fullmatch(tag):
+            self.lines.append([])
+        if tag in self._open:
+            del self._open[self._open.index(tag) :]
+
+    def handle_data(self, data: str) -> None:
+        if "title" in self._open:
+            self.title += data
+        elif not self._open:
+            self.lines[-1].append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(filter(None, (" ".join("".join(line).split()) for line in self.lines)))
+
+
+def read_html(source: Source) -> Iterator[Document]:
+    """The visible text of an HTML page; the title is the page's."""
+    with source.open() as file:
+        page = _Page(file.read())
+    yield Document(str(source.path), page.text, " ".join(page.title.split()) or source.stem, {"source": str(source.path)}, 0)
+
+
+READERS: dict[str, Callable[[Source], Iterable[Document]]] = {
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown"), read_text),
+    **dict.fromkeys((".html", ".htm"), read_html),
+    **dict.fromkeys((".jsonl", ".ndjson"), read_json_lines),
+    **dict.fromkeys((".csv", ".tsv"), read_csv),
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".pdf": read_pdf,
+}
+"""Reader by the ending of the file's name; `.gz` may follow the endings of text formats."""
+
+
+def reader_of(path: Path) -> Callable[[Source], Iterable[Document]] | None:
+    """The reader for a file or a dataset folder, None for anything else."""
+    if path.is_dir():
+        return read_dataset if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")) else None
+    return READERS.get(Path(path.name.lower().removesuffix(".gz")).suffix)

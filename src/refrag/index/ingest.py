@@ -1,0 +1,188 @@
+"""Files, folders and datasets -> a stream of passages of bounded length, split at sentence ends, offsets kept."""
+
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from ..config import IndexSettings
+from ..errors import InputError, NotFoundError
+from ..text import Passage, PromptBuilder
+from .documents import READERS, BadRow, Document, Source, reader_of
+
+log = logging.getLogger(__name__)
+
+_SENTENCE_END = re.compile(r"""(?<=[.!?…])["'”’»)\]]*(?=\s)|(?<=[。！？])["”’」』）]*|\n(?=\s*\n)""")
+_BATCH = 256
+Span = tuple[int, int]
+
+
+def read_passages(
+    paths: Sequence[str | Path],
+    *,
+    builder: PromptBuilder,
+    settings: IndexSettings,
+    skip_bad: bool = False,
+    encoding: str = "utf-8",
+) -> Iterator[Passage]:
+    """Passages of files and folders (txt, md, html, pdf, json, jsonl, csv, tsv, parquet; .gz too) and saved datasets, streamed.
+
+    A passage has at most `settings.passage_tokens` decoder tokens. Longer rows, and all documents, become passages with `#1`,
+    `#2`, … after the id; `source`, `start` and `end` (characters of the row's or document's text) are kept in the metadata.
+    Raises NotFoundError for a missing path and InputError for an unknown format, before anything is read; InputError for a
+    wrong encoding, a corpus without text and, unless `skip_bad`, the first bad row, with its file and line.
+    """
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise InputError(f"There is no text encoding {encoding!r}: try --encoding utf-8 or --encoding latin-1.") from error
+    files = [file for path in paths for file in _files(Path(os.path.normpath(path)))]
+    return _read(files, Splitter(builder, settings), skip_bad, encoding)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise NotFoundError(f"There is no file or folder {path}: check the path.")
+    if reader_of(path):
+        return [path]
+    endings = ", ".join(ending[1:] for ending in READERS)
+    if path.is_file():
+        raise InputError(f"{path} is of a kind that cannot be read: refrag reads {endings}, folders of them and saved Hugging Face datasets.")
+    found = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file) and not _hidden(file.relative_to(path)))
+    if not found:
+        raise InputError(f"The folder {path} holds no file that can be read: refrag reads {endings}.")
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read(files: list[Path], splitter: "Splitter", skip_bad: bool, encoding: str) -> Iterator[Passage]:
+    num_bad, first_bad = 0, None
+
+    def on_bad(error: InputError) -> None:
+        nonlocal num_bad, first_bad
+        if not skip_bad:
+            raise error
+        num_bad, first_bad = num_bad + 1, first_bad or error
+
+    count = 0
+    for passage in splitter.split(document for file in files for document in _documents(file, encoding, on_bad)):
+        count += 1
+        yield passage
+    if num_bad:
+        log.warning("%d bad rows or files were left out; the first: %s", num_bad, first_bad)
+    if not count:
+        raise InputError(f"No passage with text was found in {', '.join(map(str, files[:3]))}{'…' if len(files) > 3 else ''}: check that the files are not empty.")
+
+
+def _documents(path: Path, encoding: str, on_bad: BadRow) -> Iterator[Document]:
+    reader = reader_of(path)
+    assert reader is not None
+    try:
+        yield from reader(Source(path, encoding, on_bad))
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        on_bad(InputError(f"{path} is not {encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1."))
+    except (EOFError, OSError, zlib.error) as error:
+        on_bad(InputError(f"{path} cannot be read ({error}): check the file."))
+
+
+class Splitter:
+    """Splits documents at sentence ends so that no passage exceeds the token budget, the last sentences repeated as overlap."""
+
+    def __init__(self, builder: PromptBuilder, settings: IndexSettings) -> None:
+        self.builder = builder
+        self.budget, self.overlap = settings.passage_tokens, settings.overlap_tokens
+
+    def split(self, documents: Iterable[Document]) -> Iterator[Passage]:
+        """The passages of each document in turn; blank documents have none."""
+        stream, previous, number = iter(documents), "", 0
+        while batch := list(islice(stream, _BATCH)):
+            batch = [document for document in batch if document.text.strip()]
+            for document, length in zip(batch, self._lengths([document.text for document in batch]), strict=True):
+                spans = [_strip(document.text, (0, len(document.text)))] if length <= self.budget else self.spans(document.text)
+                number = number if document.start and document.id == previous else 0
+                previous = document.id
+                for span in spans:
+                    number += 1
+                    keeps_id = document.start is None and len(spans) == 1
+                    yield _passage(document, span, document.id if keeps_id else f"{document.id}#{number}")
+
+    def spans(self, text: str) -> list[Span]:
+        """Characters of each passage of `text`: whole sentences, as many as the budget holds; a longer sentence is cut between words."""
+        sentences = self._fitting(text, _sentences(text))
+        passages: list[Span] = []
+        first = 0
+        while first < len(sentences):
+            last, size = first, 0
+            while last < len(sentences) and size + sentences[last][1] <= self.budget:
+                size += sentences[last][1]
+                last += 1
+            last = max(last, first + 1)
+            while last > first + 1 and self._length(text, sentences[first][0][0], sentences[last - 1][0][1]) > self.budget:
+                last -= 1  # tokens can merge differently across sentences
+            passages.append(_strip(text, (sentences[first][0][0], sentences[last - 1][0][1])))
+            first = last if last == len(sentences) else self._back(sentences, first, last)
+        return passages
+
+    def _back(self, sentences: list[tuple[Span, int]], first: int, last: int) -> int:
+        """Where the next passage starts: as many whole sentences before `last` as the overlap holds, with room left for a new one."""
+        start, size = last, 0
+        room = min(self.overlap, self.budget - sentences[last][1])
+        while start - 1 > first and size + sentences[start - 1][1] <= room:
+            start -= 1
+            size += sentences[start][1]
+        return start
+
+    def _fitting(self, text: str, spans: list[Span]) -> list[tuple[Span, int]]:
+        """The spans with their token counts, those over the budget halved between words until they fit."""
+        lengths = self._lengths([text[start:end] for start, end in spans])
+        fitting: list[tuple[Span, int]] = []
+        for (start, end), length in zip(spans, lengths, strict=True):
+            if length <= self.budget or end - start < 2:
+                fitting.append(((start, end), length))
+            else:
+                cut = _middle(text, start, end)
+                fitting += self._fitting(text, [(start, cut), (cut, end)])
+        return fitting
+
+    def _length(self, text: str, start: int, end: int) -> int:
+        start, end = _strip(text, (start, end))
+        return len(self.builder.encode(text[start:end]))
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(chunked.token_ids) for chunked in self.builder.chunk_batch(texts)] if texts else []
+
+
+def _passage(document: Document, span: Span, identity: str) -> Passage:
+    start, end = span
+    offset = document.start or 0
+    place = {"start": offset + start, "end": offset + end}
+    return Passage(identity, document.text[start:end], document.title, document.metadata | place)
+
+
+def _sentences(text: str) -> list[Span]:
+    """Spans that cover the text and end after each sentence or paragraph; white space stands at their starts."""
+    ends = sorted({match.end() for match in _SENTENCE_END.finditer(text)} | {len(text)})
+    spans = list(zip([0, *ends], ends, strict=False))
+    return [(start, end) for start, end in spans if not text[start:end].isspace()]
+
+
+def _middle(text: str, start: int, end: int) -> int:
+    """A white space near the middle of a span, else its middle."""
+    middle = (start + end) // 2
+    before, after = text.rfind(" ", start + 1, middle), text.find(" ", middle, end - 1)
+    candidates = [place for place in (before, after) if place > start]
+    return min(candidates, key=lambda place: abs(place - middle), default=middle)
+
+
+def _strip(text: str, span: Span) -> Span:
+    """The span without white space at its ends."""
+    piece = text[span[0] : span[1]]
+    start = span[0] + len(piece) - len(piece.lstrip())
+    return start, start + len(piece.strip())

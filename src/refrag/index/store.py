@@ -1,0 +1,366 @@
+"""PassageIndex: passages with their retrieval vectors and chunk vectors, made once and reused for every question."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+from torch import Tensor
+
+from ..config import IndexSettings
+from ..errors import InputError, MismatchError, NotFoundError
+from ..text import Passage, PromptBuilder
+from .manifest import Manifest
+from .retrieve import Hit, SentenceEncoder, fuse, search_text
+from .table import PassageTable, table_schema
+from .vectors import pack, row_type, unpack
+
+if TYPE_CHECKING:
+    from ..model import RefragModel
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["dense", "text", "hybrid"]
+PASSAGE_COLUMNS = ("id", "title", "text", "metadata")
+BATCH_CHARACTERS = 1_000_000
+"""A batch of passages ends at this size even if it holds fewer than `settings.batch_size`: long passages cannot exhaust the memory."""
+OPTIMIZE_ROWS = 16_384
+"""While building, the table is optimised when this many rows, and as many as it had before, are new."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """New and changed passages, cut into chunks and ready to be encoded."""
+
+    passages: list[Passage]
+    hashes: list[str]
+    chunk_texts: list[str]
+    num_chunks: list[int]
+    size: int
+    """Passages read, those without changes included."""
+    unchanged: int
+
+
+class PassageIndex:
+    """Passages on disk with what answering needs of them. Made by `create`, opened by `open`; safe to read from threads."""
+
+    def __init__(self, table: PassageTable, manifest: Manifest, *, model: "RefragModel | None", retriever: SentenceEncoder | None) -> None:
+        self.table, self.manifest, self.model = table, manifest, model
+        self.settings = manifest.settings
+        self.path = table.path
+        if retriever is not None:
+            self.retriever = retriever
+        self._rows_since = 0
+
+    # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    def open(cls, path: str | Path, *, model: "RefragModel | None" = None, retriever: SentenceEncoder | None = None) -> "PassageIndex":
+        """The index at a folder or an object store's address. Without a model it can be searched and read, not added to.
+
+        Raises NotFoundError when there is none; MismatchError, naming what differs and the command that mends it, when its
+        format, the model or the retriever is not the one it was made with.
+        """
+        table = PassageTable.open(_address(path))
+        manifest = Manifest.from_metadata(table.schema.metadata, table.path)
+        if model is not None:
+            manifest.check_model(model.fingerprint(), table.path)
+        if retriever is not None:
+            manifest.check_retriever(retriever.identity(), table.path)
+        return cls(table, manifest, model=model, retriever=retriever)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        model: "RefragModel",
+        settings: IndexSettings | None = None,
+        *,
+        rebuild: bool = False,
+        retriever: SentenceEncoder | None = None,
+    ) -> "PassageIndex":
+        """A new, empty index for this model; with `rebuild` in place of one that is there, which stays whole until then.
+
+        Raises InputError when there is an index already, NotFoundError for a retriever that cannot be loaded.
+        """
+        settings = settings or IndexSettings()
+        retriever = retriever or SentenceEncoder(settings.retriever, instruction=settings.question_instruction, device=model.device)
+        manifest = Manifest(settings, model.fingerprint(), retriever.identity())
+        table = PassageTable.create(_address(path), table_schema(manifest, retriever.width), replace=rebuild)
+        return cls(table, manifest, model=model, retriever=retriever)
+
+    @classmethod
+    def open_or_create(cls, path: str | Path, model: "RefragModel", settings: IndexSettings | None = None) -> "PassageIndex":
+        """What `refrag index build` does: the index that is there, to be finished, else a new one.
+
+        Raises MismatchError when the index that is there has another retriever or storage than `settings`.
+        """
+        try:
+            index = cls.open(path, model=model)
+        except NotFoundError:
+            return cls.create(path, model, settings)
+        for name in ("retriever", "question_instruction", "storage"):
+            given, stored = getattr(settings or index.settings, name), getattr(index.settings, name)
+            if given != stored:
+                option = name.replace("_", "-")
+                raise MismatchError(f"The index at {path} has {option} {stored}, {given} was given: leave --{option} away, or make it anew with --rebuild.")
+        return index
+
+    @cached_property
+    def retriever(self) -> SentenceEncoder:
+        """The sentence encoder that the index was made with, loaded on first use. Raises MismatchError if its weights are others."""
+        device = self.model.device if self.model is not None else "auto"
+        name, instruction = str(self.manifest.retriever["name"]), str(self.manifest.retriever["instruction"])
+        retriever = SentenceEncoder(name, instruction=instruction, device=device)
+        self.manifest.check_retriever(retriever.identity(), self.path)
+        return retriever
+
+    # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, passages: Iterable[Passage], *, progress: Callable[[int], object] | None = None) -> dict[str, int]:
+        """Adds passages, replaces those whose content changed, skips the rest; a later passage replaces an earlier one of its id.
+
+        Streams: a batch is encoded while the next is read and tokenised and the one before is written, each in one commit,
+        so memory does not grow with the corpus and after a crash the same call finishes the rest. `progress` is called
+        with the number of passages done. Returns how many passages were `added`, `updated`, `unchanged`, and the `chunks`
+        encoded. Raises InputError for metadata that JSON cannot hold, BackendError when the disk is full.
+        """
+        totals = Counter(added=0, updated=0, unchanged=0, chunks=0)
+        with ThreadPoolExecutor(1) as writer:
+            pending: Future[tuple[int, int]] | None = None
+            for batch in _ahead(self._prepared(passages)):
+                rows = self._encoded(batch) if batch.passages else None
+                totals.update(unchanged=batch.unchanged, chunks=len(batch.chunk_texts))
+                _count(totals, pending)
+                pending = writer.submit(self._write, rows) if rows is not None else None
+                if progress:
+                    progress(batch.size)
+            _count(totals, pending)
+        self.optimize()
+        return dict(totals)
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Deletes passages by id, in one commit. Returns how many there were."""
+        return self.table.delete(list(ids))
+
+    def optimize(self) -> None:
+        """Joins small files, brings the search indexes up to date and frees the space of old versions; `add` ends with it."""
+        self.table.optimize()
+        self._rows_since = 0
+
+    def _prepared(self, passages: Iterable[Passage]) -> Iterator[_Batch]:
+        """Batches of passages that are not stored as they are, cut into chunks."""
+        for group in _groups(passages, self.settings.batch_size):
+            unique = {passage.id: passage for passage in group}
+            hashes = {identity: content_hash(passage) for identity, passage in unique.items()}
+            rows = self.table.rows(list(unique), ("id", "content_hash"))
+            stored = dict(zip(rows["id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True))
+            fresh = [passage for identity, passage in unique.items() if stored.get(identity) != hashes[identity]]
+            chunked = self._builder.chunk_batch([passage.text for passage in fresh])
+            texts = [text[start:end] for own, text in zip(chunked, (passage.text for passage in fresh), strict=True) for start, end in own.spans]
+            counts = [len(own.spans) for own in chunked]
+            yield _Batch(fresh, [hashes[passage.id] for passage in fresh], texts, counts, len(group), len(group) - len(fresh))
+
+    def _encoded(self, batch: _Batch) -> pa.Table:
+        """The table rows of a batch: the only step that runs networks."""
+        assert self.model is not None
+        embeds = self.model.encode(batch.chunk_texts).cpu().numpy()
+        vectors = self.retriever.encode_passages(batch.passages).astype(np.float16)
+        storage_type = pa.json_(pa.utf8())
+        columns = [
+            pa.array([passage.id for passage in batch.passages], pa.utf8()),
+            pa.array([passage.title for passage in batch.passages], pa.utf8()),
+            pa.array([passage.text for passage in batch.passages], pa.utf8()),
+            pa.array([search_text(passage) for passage in batch.passages], pa.utf8()),
+            pa.ExtensionArray.from_storage(storage_type, pa.array([_json(passage.metadata) for passage in batch.passages], pa.utf8())),
+            pa.array(batch.hashes, pa.utf8()),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+            pack(embeds, batch.num_chunks, self.settings.storage),
+            pa.array(batch.num_chunks, pa.int32()),
+        ]
+        return pa.table(columns, schema=table_schema(self.manifest, vectors.shape[1]))
+
+    def _write(self, rows: pa.Table) -> tuple[int, int]:
+        counts = self.table.merge(rows)
+        self._rows_since += len(rows)
+        if self._rows_since >= max(OPTIMIZE_ROWS, self.count - self._rows_since):
+            self.optimize()
+        return counts
+
+    @cached_property
+    def _builder(self) -> PromptBuilder:
+        if self.model is None:
+            raise InputError(f"Passages can only be added with the model whose vectors the index holds: PassageIndex.open({self.path!r}, model=…).")
+        return PromptBuilder(self.model.tokenizer, chunk_size=self.model.config.chunk_size)
+
+    # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def count(self) -> int:
+        """Number of passages."""
+        return self.table.count
+
+    def search(
+        self, question: str, *, top_k: int = 8, mode: Mode = "dense", where: str | None = None, exact: bool = False
+    ) -> list[Hit]:
+        """The `top_k` best passages: by meaning (`dense`), by words (`text`, BM25), or by both rankings fused (`hybrid`).
+
+        `where` is an SQL filter over id, title, text, num_chunks and metadata, for example
+        `json_get_string(metadata, 'source') = 'a.txt'`. `exact` compares with every vector, however large the index.
+        Raises InputError for another mode, a blank question, `top_k` below 1 and a filter that cannot be read.
+        """
+        if mode not in ("dense", "text", "hybrid"):
+            raise InputError(f"mode must be dense, text or hybrid, was {mode!r}.")
+        if top_k < 1:
+            raise InputError(f"top_k must be 1 or more, was {top_k}.")
+        if not question.strip():
+            raise InputError("The question must hold some text, was blank.")
+        try:
+            if mode == "dense":
+                return self._dense(question, top_k, where, exact)
+            if mode == "text":
+                return self._text(question, top_k, where)
+            depth = max(50, 4 * top_k)
+            return _fused([self._dense(question, depth, where, exact), self._text(question, depth, where)])[:top_k]
+        except (ValueError, RuntimeError) as error:
+            if where is None or isinstance(error, MismatchError):
+                raise
+            reason = str(error).split(", /")[0].splitlines()[0]
+            raise InputError(f"The filter {where!r} cannot be used ({reason}): write SQL such as  title = 'Paris'  or  json_get_string(metadata, 'source') = 'a.txt'") from error
+
+    def _dense(self, question: str, limit: int, where: str | None, exact: bool) -> list[Hit]:
+        rows = self.table.nearest(self.retriever.encode_question(question), PASSAGE_COLUMNS, limit=limit, where=where, exact=exact)
+        return _hits(rows, [1 - distance for distance in rows["_distance"].to_pylist()])
+
+    def _text(self, question: str, limit: int, where: str | None) -> list[Hit]:
+        rows = self.table.matching(question, PASSAGE_COLUMNS, limit=limit, where=where)
+        return _hits(rows, rows["_score"].to_pylist())
+
+    def chunk_embeds(self, ids: Sequence[str]) -> dict[str, Float[Tensor, "_ enc"]]:
+        """The stored chunk vectors of passages, float32 on the CPU, by id; unknown ids are left out. One read for all."""
+        rows = self.table.rows(ids, ("id", "chunk_embeds"))
+        vectors = unpack(rows["chunk_embeds"], self.settings.storage, self.manifest.encoder_width)
+        return dict(zip(rows["id"].to_pylist(), vectors, strict=True))
+
+    def passages(self, ids: Sequence[str]) -> dict[str, Passage]:
+        """Passages by id; unknown ids are left out."""
+        rows = self.table.rows(ids, PASSAGE_COLUMNS)
+        return {passage.id: passage for passage in _passages(rows)}
+
+    def retrieval_vectors(self) -> tuple[list[str], Float[np.ndarray, "passage width"]]:
+        """All ids and their retrieval vectors, float32, in memory: for other retrievers over the same vectors."""
+        width = self.table.schema.field("vector").type.list_size
+        batches = list(self.table.scan(("id", "vector")))
+        ids = [identity for batch in batches for identity in batch["id"].to_pylist()]
+        vectors = [batch["vector"].flatten().to_numpy().reshape(-1, width) for batch in batches]
+        return ids, np.concatenate([np.empty((0, width), np.float16), *vectors]).astype(np.float32)
+
+    # ── inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def info(self) -> dict[str, Any]:
+        """What the index holds and what its vectors depend on, as plain values."""
+        chunks = sum(int(np.sum(batch["num_chunks"].to_numpy())) for batch in self.table.scan(("num_chunks",)))
+        model = {key: value for key, value in self.manifest.model.items() if not key.startswith("projector")}
+        counts = {"path": self.path, "format_version": self.manifest.format_version, "passages": self.count, "chunks": chunks}
+        return counts | self.table.info() | {"storage": self.settings.storage, "model": model, "retriever": dict(self.manifest.retriever)}
+
+    def verify(self) -> list[str]:
+        """Reads everything and says, a sentence each, what is wrong; an empty list: nothing. With a model, chunk counts are checked too."""
+        problems: list[str] = []
+        seen: set[str] = set()
+        for batch in self.table.scan((*PASSAGE_COLUMNS, "content_hash", "vector", "chunk_embeds", "num_chunks"), batch_size=256):
+            rows = pa.Table.from_batches([batch])
+            passages = _passages(rows)
+            problems += [f"Passage {passage.id!r} is stored twice." for passage in passages if passage.id in seen]
+            seen.update(passage.id for passage in passages)
+            problems += self._problems(rows, passages)
+        return problems
+
+    def _problems(self, rows: pa.Table, passages: list[Passage]) -> Iterator[str]:
+        row_bytes = row_type(self.settings.storage, self.manifest.encoder_width).itemsize
+        norms = np.linalg.norm(np.array(rows["vector"].to_pylist(), np.float32), axis=1)
+        chunked = self._builder.chunk_batch([passage.text for passage in passages]) if self.model is not None else None
+        for number, passage in enumerate(passages):
+            cell, count = rows["chunk_embeds"][number].as_py(), rows["num_chunks"][number].as_py()
+            if rows["content_hash"][number].as_py() != content_hash(passage):
+                yield f"Passage {passage.id!r} is not the one that was stored: its content hash differs."
+            if len(cell) != count * row_bytes:
+                yield f"Passage {passage.id!r} should hold {count} chunk vectors, its bytes are {len(cell)}."
+            elif not np.isfinite(unpack(pa.array([cell], pa.large_binary()), self.settings.storage, self.manifest.encoder_width)[0].numpy()).all():
+                yield f"Passage {passage.id!r} holds a chunk vector that is not finite."
+            if chunked is not None and len(chunked[number].spans) != count:
+                yield f"Passage {passage.id!r} holds {count} chunk vectors, the model cuts it into {len(chunked[number].spans)} chunks."
+            if not abs(norms[number] - 1) < 0.01:
+                yield f"Passage {passage.id!r} has a retrieval vector of length {norms[number]:.3f}, not 1."
+
+
+def content_hash(passage: Passage) -> str:
+    """Changes when the title, text or metadata of a passage do."""
+    return sha256(_json({"title": passage.title, "text": passage.text, "metadata": passage.metadata}).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The metadata of a passage must be JSON values under string keys ({error}): leave the value out.") from error
+
+
+def _address(path: str | Path) -> str:
+    return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
+
+
+def _passages(rows: pa.Table) -> list[Passage]:
+    columns = [rows[name].to_pylist() for name in PASSAGE_COLUMNS]
+    return [Passage(identity, text, title, json.loads(metadata)) for identity, title, text, metadata in zip(*columns, strict=True)]
+
+
+def _hits(rows: pa.Table, scores: Sequence[float]) -> list[Hit]:
+    return [Hit(passage, score) for passage, score in zip(_passages(rows), scores, strict=True)]
+
+
+def _fused(rankings: Sequence[Sequence[Hit]]) -> list[Hit]:
+    passages = {hit.passage.id: hit.passage for ranking in rankings for hit in ranking}
+    scores = fuse([[hit.passage.id for hit in ranking] for ranking in rankings])
+    return [Hit(passages[identity], score) for identity, score in scores.items()]
+
+
+def _groups(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
+    """Runs of at most `size` passages and about BATCH_CHARACTERS characters."""
+    group: list[Passage] = []
+    characters = 0
+    for passage in passages:
+        group.append(passage)
+        characters += len(passage.text)
+        if len(group) == size or characters >= BATCH_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items (never None); the next one is made in a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as maker:
+        future = maker.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = maker.submit(next, items, None)
+            yield item
+
+
+def _count(totals: Counter[str], pending: Future[tuple[int, int]] | None) -> None:
+    """Waits for a write and counts what it did."""
+    if pending is not None:
+        added, updated = pending.result()
+        totals.update(added=added, updated=updated)

@@ -1,0 +1,1 @@
+"""Training: the stages and the data they read."""

@@ -1,0 +1,65 @@
+"""Settings: defaults, limits and the sentences that refuse."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from refrag.config import POLICIES, Budget, GenerationSettings, IndexSettings, PolicyName, resolve_model
+from refrag.errors import InputError, NotFoundError
+from refrag.evaluation.settings import LatencySettings
+
+
+def test_the_policy_names_are_one_list() -> None:
+    assert get_args(PolicyName) == POLICIES
+
+
+@pytest.mark.parametrize("given", [{}, {"expand_fraction": 0.0}, {"expand_fraction": 1.0}, {"expand_chunks": 0}, {"max_slots": 1}])
+def test_budgets_that_hold(given: dict[str, Any]) -> None:
+    assert Budget(**given).is_default == (not given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        (Budget, {"expand_fraction": 1.5}, r"expand_fraction must lie between 0 and 1, was 1\.5: try 0\.1\."),
+        (Budget, {"expand_fraction": -0.1}, "expand_fraction must lie between 0 and 1"),
+        (Budget, {"expand_fraction": float("nan")}, "expand_fraction must lie between 0 and 1, was nan"),
+        (Budget, {"expand_chunks": -1}, r"expand_chunks must be 0 or more, was -1\."),
+        (Budget, {"max_slots": 0}, r"max_slots must be 1 or more, was 0\."),
+        (Budget, {"expand_chunks": 1, "max_slots": 9}, "expand_chunks and max_slots were given: keep one"),
+        (GenerationSettings, {"max_new_tokens": 0}, r"max_new_tokens must be 1 or more, was 0\."),
+        (GenerationSettings, {"temperature": -1.0}, "temperature must be 0 or more"),
+        (GenerationSettings, {"top_p": 0.0}, "top_p must lie above 0 and be at most 1"),
+        (IndexSettings, {"passage_tokens": 0}, "passage_tokens must be 1 or more"),
+        (IndexSettings, {"overlap_tokens": 256}, r"overlap_tokens must lie between 0 and passage_tokens \(256\), was 256"),
+        (IndexSettings, {"batch_size": 0}, "batch_size must be 1 or more"),
+        (LatencySettings, {"chunk_size": 0}, "chunk_size must be 1 or more, was 0"),
+        (LatencySettings, {"context_tokens": 4097}, "divide evenly over num_passages, were 4097 and 8: try context_tokens 4096"),
+        (LatencySettings, {"index_passages": 4}, r"index_passages must be num_passages \(8\) or more, was 4"),
+        (LatencySettings, {"min_repeats": 5}, "min_repeats must be 6 or more"),
+        (LatencySettings, {"max_repeats": 6}, r"max_repeats must be min_repeats \(7\) or more, was 6"),
+        (LatencySettings, {"tolerance": 0.0}, "tolerance must lie between 0 and 1"),
+        (LatencySettings, {"expand_fraction": 2.0}, "expand_fraction must lie between 0 and 1"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(settings: type, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        settings(**given)
+
+
+def test_settings_are_values() -> None:
+    assert Budget(expand_chunks=3) == Budget(expand_chunks=3)
+    with pytest.raises(AttributeError):
+        Budget().expand_chunks = 3  # type: ignore[misc]
+
+
+def test_resolve_model_keeps_hub_names_and_refuses_missing_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model("org/name") == "org/name"
+    assert resolve_model(str(tmp_path)) == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert resolve_model("~/mine") == str(tmp_path / "mine")
+    for missing in ("./nowhere", str(tmp_path / "nowhere"), "~/nowhere"):
+        with pytest.raises(NotFoundError, match=f"There is no model folder at {missing}: check --model"):
+            resolve_model(missing)

@@ -1,0 +1,455 @@
+"""The engine on tiny random networks, a real index and real threads: answers, counts, traces, streams and errors."""
+
+import asyncio
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from refrag.config import POLICIES, Budget, GenerationSettings
+from refrag.engine import Refrag, Request
+from refrag.engine.answer import TIMING_KEYS, USAGE_KEYS, Answer, find_citations, render_summary, render_trace, segments
+from refrag.engine.vectors import VectorCache
+from refrag.errors import InputError, MismatchError, NotFoundError
+from refrag.index import PassageIndex
+from refrag.text import Passage, Turn
+
+QUESTION = "Who founded the harbour of Velmoor?"
+PASSAGES = [
+    {"id": "velmoor", "title": "Velmoor", "text": "The harbour of Velmoor was founded in 1742 by the shipwright Anna Torrel."},
+    {"id": "lamp", "title": "", "text": "A lighthouse — 東京 😀 — was built beside the old mill; its lamp burned for ninety years."},
+    {"id": "blank", "text": "  "},
+    "3,412 people live on the northern coast.",
+]
+SHORT = {"max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model) -> Refrag:
+    return Refrag(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def index(tiny_model, tmp_path_factory) -> PassageIndex:
+    made = PassageIndex.create(tmp_path_factory.mktemp("engine") / "index", tiny_model)
+    made.add([Passage.from_any(own, number) for number, own in enumerate(PASSAGES, 1)])
+    return made
+
+
+class Encoded:
+    """Counts the texts that a model encodes while it goes on encoding them."""
+
+    def __init__(self, model, monkeypatch) -> None:
+        self.texts: list[str] = []
+        encode = model.encode
+
+        def counting(texts, **kwargs):
+            self.texts += texts
+            return encode(texts, **kwargs)
+
+        monkeypatch.setattr(model, "encode", counting)
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gemma", "gpt_neox"])
+def test_all_expanded_answers_as_plain_rag_does(make_model, decoder: str) -> None:
+    model = make_model(decoder)
+    engine = Refrag(model)
+    prompt = engine.builder.build(QUESTION, PASSAGES)
+    ids = torch.tensor([prompt.token_ids()])
+    new = model.decoder.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    answer = engine.answer(QUESTION, PASSAGES, policy="all", **SHORT)
+    assert answer.text == model.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert answer.usage["prompt_slots"] == ids.shape[1] == answer.full_slots
+    assert answer.usage["compression_rate"] == 1.0
+
+
+def test_usage_worked_by_hand(engine: Refrag) -> None:
+    """Chunks of 4 tokens; `text` has 10 tokens, so 3 chunks; the heading, and the line break after, are the context's overhead."""
+    tokens = engine.builder.encode("QXZJVKWYQX")
+    assert len(tokens) == 10
+    overhead = len(engine.builder.encode("[1] T\n")) + len(engine.builder.encode("\n"))
+    rest = 1 + len(engine.builder.encode("Question: q\nAnswer:"))
+    answer = engine.answer("q", [{"title": "T", "text": "QXZJVKWYQX"}], policy="first", expand_chunks=1, max_new_tokens=3)
+    assert answer.usage == {
+        "context_tokens": overhead + 10,
+        "context_slots": overhead + 4 + 2,
+        "prompt_slots": rest + overhead + 6,
+        "num_chunks": 3,
+        "expanded_chunks": 1,
+        "compression_rate": (overhead + 10) / (overhead + 6),
+        "kv_bytes": (rest + overhead + 6) * 2 * 2 * 2 * 8 * 4,  # keys and values, layers, kv heads, head width, fp32
+        "completion_tokens": 3,
+    }
+    assert tuple(answer.usage) == USAGE_KEYS
+    assert answer.finish_reason == "length"
+    assert answer.full_slots == rest + overhead + 10
+
+
+def test_timings_are_in_order(engine: Refrag) -> None:
+    timings = engine.answer(QUESTION, PASSAGES, **SHORT).timings
+    assert tuple(timings) == TIMING_KEYS
+    stages = sum(timings[name] for name in TIMING_KEYS[:7])
+    assert 0 < timings["prefill_s"] < stages <= timings["ttft_s"] < timings["total_s"]
+    assert timings["total_s"] >= timings["ttft_s"] + 6 * timings["per_token_s"] > timings["ttft_s"]
+
+
+def test_the_trace_says_why(engine: Refrag) -> None:
+    answer = engine.answer(QUESTION, PASSAGES, policy="similarity", expand_fraction=0.3, **SHORT)
+    assert len(answer.trace) == answer.usage["num_chunks"]
+    expanded = [entry["score"] for entry in answer.trace if entry["expanded"]]
+    compressed = [entry["score"] for entry in answer.trace if not entry["expanded"]]
+    assert len(expanded) == answer.usage["expanded_chunks"] == int(0.3 * len(answer.trace))
+    assert min(expanded) >= max(compressed)
+    assert {entry["rule"] for entry in answer.trace} == {"similarity"}
+    texts = {passage["id"]: "".join(text for text, _ in parts) for passage, parts in segments(answer)}
+    assert texts == {"velmoor": PASSAGES[0]["text"], "lamp": PASSAGES[1]["text"], "blank": "", "4": PASSAGES[3]}
+    assert [passage["number"] for passage in answer.passages] == [1, 2, 3, 4]
+    json.dumps(answer.to_dict())
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "learned"])
+def test_every_rule_answers(engine: Refrag, policy: str) -> None:
+    answer = engine.answer(QUESTION, PASSAGES, policy=policy, **SHORT)
+    assert {entry["rule"] for entry in answer.trace} == {policy}
+    expanded = {"none": 0, "all": answer.usage["num_chunks"]}
+    assert answer.usage["expanded_chunks"] == expanded.get(policy, int(0.1 * answer.usage["num_chunks"]))
+
+
+def test_a_callable_and_the_learned_policy(make_model) -> None:
+    model = make_model(policy={"kind": "mlp", "trained": True})
+    engine = Refrag(model)
+    assert engine.answer(QUESTION, PASSAGES, **SHORT).trace[0]["rule"] == "learned"  # the default of a model that has one
+
+    def longest_first(inputs):
+        return inputs.chunk_lengths.float() + 1 / (1 + torch.arange(inputs.num_chunks))
+
+    answer = engine.answer(QUESTION, PASSAGES, policy=longest_first, expand_chunks=1, **SHORT)
+    assert [entry["expanded"] for entry in answer.trace] == [True] + [False] * (len(answer.trace) - 1)
+    assert answer.trace[0]["rule"] == "longest_first"
+
+
+def test_max_slots_is_kept(engine: Refrag) -> None:
+    none = engine.answer(QUESTION, PASSAGES, policy="none", **SHORT).usage["prompt_slots"]
+    answer = engine.answer(QUESTION, PASSAGES, policy="first", max_slots=none + 7, **SHORT)
+    assert answer.usage["expanded_chunks"] == 2  # 3 slots more for each chunk of 4
+    assert answer.usage["prompt_slots"] == none + 6
+
+
+def test_no_passages_and_blank_ones(engine: Refrag) -> None:
+    alone = engine.answer(QUESTION, [], **SHORT)
+    assert (alone.trace, alone.passages, alone.citations) == ([], [], ())
+    assert alone.usage["compression_rate"] == 1.0
+    assert engine.answer(QUESTION, ["", " "], policy="all", **SHORT).usage["num_chunks"] == 0
+
+
+def test_history_is_compressed_and_numbered_on(engine: Refrag) -> None:
+    history = [Turn("user", "Where?", (Passage("old", "The town lies on the northern coast."),)), Turn("assistant", "North [1]")]
+    answer = engine.answer(QUESTION, PASSAGES[:1], history=history, policy="none", **SHORT)
+    assert [passage["id"] for passage in answer.passages] == ["old", "velmoor"]
+    assert {entry["passage_id"] for entry in answer.trace} == {"old", "velmoor"}
+
+
+def test_same_seed_same_answer(engine: Refrag) -> None:
+    def ask(seed: int) -> Answer:
+        return engine.answer(QUESTION, PASSAGES, policy="random", expand_chunks=3, temperature=2.0, seed=seed, max_new_tokens=16)
+
+    first, again, other = ask(1), ask(1), ask(2)
+    assert (first.text, first.trace) == (again.text, again.trace)
+    assert first.text != other.text
+    assert [entry["expanded"] for entry in first.trace] != [entry["expanded"] for entry in other.trace]
+
+
+def test_a_batch_equals_its_rows(engine: Refrag) -> None:
+    generation = GenerationSettings(max_new_tokens=12, temperature=1.5)
+    requests = [
+        Request(QUESTION, PASSAGES, policy="similarity", generation=generation),
+        Request("Where?", PASSAGES[3:], policy="none", generation=GenerationSettings(max_new_tokens=12, temperature=1.5, seed=9)),
+        Request("Why did the lamp burn for ninety years?", [], generation=generation),
+        Request(QUESTION, PASSAGES[:1], policy="all", generation=generation),
+    ]
+    alone = [engine.answer(request) for request in requests]
+    together = engine.answer_batch(requests)
+    for one, row in zip(alone, together, strict=True):
+        assert (row.text, row.usage, row.citations, row.passages) == (one.text, one.usage, one.citations, one.passages)
+        assert [entry["expanded"] for entry in row.trace] == [entry["expanded"] for entry in one.trace]
+    assert engine.answer_batch([]) == []
+    with pytest.raises(InputError, match="must share their generation settings"):
+        engine.answer_batch([requests[0], Request("Why?", [], generation=GenerationSettings(max_new_tokens=3))])
+
+
+def test_threads_do_not_disturb_each_other(tiny_model) -> None:
+    engine = Refrag(tiny_model)
+    questions = [f"Who founded house number {number}?" for number in range(16)]
+
+    def ask(question: str) -> str:
+        return engine.answer(question, [*PASSAGES, question], temperature=1.0, **SHORT).text
+
+    expected = [ask(question) for question in questions]
+    fresh = Refrag(tiny_model)
+    engine = fresh
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, questions)) == expected
+
+
+# ── streams ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ("a", "K")}, {"temperature": 2.0, "seed": 3}])
+def test_a_stream_is_the_answer(engine: Refrag, options: dict) -> None:
+    whole = engine.answer(QUESTION, PASSAGES, max_new_tokens=24, **options)
+    stream = engine.stream(QUESTION, PASSAGES, max_new_tokens=24, **options)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.answer.text == whole.text
+    assert len(pieces) > 1 or "stop" in options
+    assert (stream.answer.usage, stream.answer.trace) == (whole.usage, whole.trace)
+
+
+def test_a_stop_string_ends_the_answer(engine: Refrag) -> None:
+    whole = engine.answer(QUESTION, PASSAGES, max_new_tokens=24)
+    stop = next(char for char in whole.text[3:] if char != "\ufffd" and char not in whole.text[:3])
+    answer = engine.answer(QUESTION, PASSAGES, max_new_tokens=24, stop=stop)
+    assert answer.text == whole.text.split(stop)[0].strip()
+    assert answer.finish_reason == "stop"
+    assert answer.usage["completion_tokens"] < 24
+
+
+def test_the_models_end_token_ends_the_answer(make_model) -> None:
+    model = make_model()
+    whole = Refrag(model).answer(QUESTION, PASSAGES, **SHORT)
+    prompt = Refrag(model).builder.build(QUESTION, PASSAGES)
+    ids = torch.tensor([prompt.token_ids()])
+    third = int(model.decoder.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, ids.shape[1] + 2])
+    model.decoder.generation_config.eos_token_id = [2, third]
+    answer = Refrag(model).answer(QUESTION, PASSAGES, policy="all", **SHORT)
+    assert (answer.finish_reason, answer.usage["completion_tokens"]) == ("stop", 3)
+    assert whole.finish_reason == "length"
+
+
+def test_errors_of_a_stream_reach_its_reader(engine: Refrag) -> None:
+    with pytest.raises(InputError, match="more than the decoder's 512 positions"):
+        list(engine.stream(QUESTION, ["word " * 900], policy="all"))
+    with pytest.raises(InputError, match="The question must hold some text"):
+        engine.stream(" ", [])
+
+
+def test_leaving_a_stream_stops_it(engine: Refrag) -> None:
+    with engine.stream(QUESTION, PASSAGES, max_new_tokens=300) as stream:
+        next(stream)
+    assert not stream._thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed before its answer"):
+        stream.answer  # noqa: B018
+    dropped = engine.stream(QUESTION, PASSAGES, max_new_tokens=300)
+    thread = dropped._thread
+    del dropped
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_cancel_keeps_what_was_written(engine: Refrag) -> None:
+    cancel = threading.Event()
+    stream = engine.stream(QUESTION, PASSAGES, max_new_tokens=300, cancel=cancel)
+    first = next(stream)
+    cancel.set()
+    answer = stream.answer
+    assert answer.text.startswith(first)
+    assert answer.finish_reason == "cancelled"
+    assert answer.usage["completion_tokens"] < 300
+    assert engine.answer(QUESTION, PASSAGES, cancel=cancel, max_new_tokens=300).usage["completion_tokens"] == 1
+
+
+def test_async_answers_and_streams(engine: Refrag) -> None:
+    async def both() -> tuple[Answer, str, Answer]:
+        answer = await engine.aanswer(QUESTION, PASSAGES, **SHORT)
+        stream = engine.astream(QUESTION, PASSAGES, **SHORT)
+        return answer, "".join([piece async for piece in stream]), stream.answer
+
+    answer, text, streamed = asyncio.run(both())
+    assert answer.text == text == streamed.text == engine.answer(QUESTION, PASSAGES, **SHORT).text
+
+
+def test_cancelling_a_task_stops_the_decoding(engine: Refrag) -> None:
+    async def leave() -> threading.Thread:
+        stream = engine.astream(QUESTION, PASSAGES, max_new_tokens=400)
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return stream._stream._thread
+
+    thread = asyncio.run(leave())
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+# ── passages and vectors ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_index_gives_passages_and_vectors(tiny_model, index: PassageIndex, monkeypatch) -> None:
+    engine = Refrag(tiny_model, index=index)
+    encoded = Encoded(tiny_model, monkeypatch)
+    answer = engine.answer(QUESTION, top_k=2, policy="none", **SHORT)
+    assert encoded.texts == []
+    assert len(answer.passages) == 2
+    assert answer.passages[0]["id"] == "velmoor"
+    assert answer.passages[0]["score"] > answer.passages[1]["score"]
+    given = engine.answer(QUESTION, [PASSAGES[0]], policy="none", **SHORT)
+    again = Refrag(tiny_model, index=str(index.path)).answer(QUESTION, top_k=1, policy="none", **SHORT)
+    assert again.usage == given.usage
+    assert encoded.texts  # passages that were given are encoded, whatever their id
+    only = engine.answer(QUESTION, where="id = 'lamp'", **SHORT)
+    assert [passage["id"] for passage in only.passages] == ["lamp"]
+    assert engine.answer("lighthouse lamp", mode="text", top_k=1, **SHORT).passages[0]["id"] == "lamp"
+
+
+def test_a_given_passage_never_borrows_stored_vectors(tiny_model, index: PassageIndex) -> None:
+    engine = Refrag(tiny_model, index=index)
+    other = Passage("velmoor", "An entirely different text of the same id.", "Velmoor")
+    options = {"policy": "none", "temperature": 0.0, **SHORT}
+    assert engine.answer(QUESTION, [other], **options).text == Refrag(tiny_model).answer(QUESTION, [other], **options).text
+
+
+def test_passages_are_encoded_once(tiny_model, monkeypatch) -> None:
+    engine = Refrag(tiny_model)
+    encoded = Encoded(tiny_model, monkeypatch)
+    first = engine.answer(QUESTION, PASSAGES, policy="none", **SHORT)
+    count = len(encoded.texts)
+    assert count == first.usage["num_chunks"]
+    again = engine.answer("Another question?", [{"id": "other", "text": PASSAGES[0]["text"]}, PASSAGES[1]], policy="none", **SHORT)
+    assert len(encoded.texts) == count  # cached by content
+    assert again.usage["num_chunks"] > 0
+    engine.answer_batch([Request(QUESTION, ["the same"]), Request("Why?", ["the same", "the same"])])
+    assert encoded.texts.count(encoded.texts[count]) == 1
+
+
+def test_plain_rag_needs_no_encoder(tiny_model, monkeypatch) -> None:
+    encoded = Encoded(tiny_model, monkeypatch)
+    Refrag(tiny_model).answer(QUESTION, PASSAGES, policy="all", **SHORT)
+    assert encoded.texts == []
+
+
+def test_the_cache_forgets_what_was_used_longest_ago() -> None:
+    cache = VectorCache(5)
+    for key in (b"a", b"b"):
+        cache.put(key, torch.zeros(2, 3))
+    assert cache.get(b"a") is not None
+    cache.put(b"c", torch.zeros(2, 3))
+    assert cache.get(b"b") is None and cache.get(b"a") is not None
+    cache.put(b"c", torch.zeros(1, 3))
+    assert cache.num_chunks == 3
+    cache.put(b"d", torch.zeros(9, 3))
+    assert cache.num_chunks == 0
+
+
+def test_any_callable_retrieves_and_reranks(tiny_model) -> None:
+    asked: list[str] = []
+
+    def retriever(question: str) -> list:
+        asked.append(question)
+        return [f"Passage number {number}." for number in range(40)]
+
+    plain = Refrag(tiny_model, retriever=retriever).answer(QUESTION, top_k=3, **SHORT)
+    assert asked == [QUESTION]
+    assert [entry["text"] for entry in plain.trace if entry["start"] == 0][0].startswith("Pass")
+    assert len(plain.passages) == 3
+
+    def reranker(question: str, passages) -> list[float]:
+        return [float(passage.text.split()[-1].strip(".")) for passage in passages]
+
+    best = Refrag(tiny_model, retriever=retriever, reranker=reranker).answer(QUESTION, top_k=3, **SHORT)
+    assert [passage["id"] for passage in best.passages] == ["12", "11", "10"]  # of four times as many candidates
+    assert [passage["score"] for passage in best.passages] == [11, 10, 9]
+
+
+def test_a_cross_encoder_by_name(tiny_model, encoder_tokenizer, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    encoder_tokenizer.save_pretrained(tmp_path)
+    engine = Refrag(tiny_model, retriever=lambda _: PASSAGES, reranker=str(tmp_path))
+    scores = [passage["score"] for passage in engine.answer(QUESTION, top_k=4, **SHORT).passages]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    with pytest.raises(NotFoundError, match=r"There is no reranker './nowhere'"):
+        Refrag(tiny_model, reranker="./nowhere")
+
+
+def test_citations() -> None:
+    passages = [Passage(name, "") for name in ("a", "b", "c")]
+    assert find_citations("It was [2], not [1, 3] or [2][9] or [0] or [x] or 1742.", passages) == ("b", "a", "c")
+
+
+def test_what_people_see(engine: Refrag) -> None:
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    answer = engine.answer(QUESTION, PASSAGES, policy="first", expand_chunks=1, **SHORT)
+    console.print(render_trace(answer))
+    console.print(render_summary(answer))
+    shown = console.export_text()
+    assert f"⟦{answer.trace[0]['text']}⟧{PASSAGES[0]['text'][answer.trace[0]['end'] :]}" in shown
+    assert f"1 of {answer.usage['num_chunks']}" in shown
+    assert f"{answer.usage['prompt_slots']} of {answer.full_slots}" in shown
+
+
+# ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"question": ""}, "The question must hold some text, was empty: write it between quotes."),
+        ({"top_k": 0}, "top_k must be 1 or more, was 0: to answer without passages give an empty list of them."),
+        ({"policy": "similar"}, "There is no policy 'similar' (did you mean 'similarity'?): choose one of"),
+        ({"polcy": "none"}, "There is no option 'polcy' (did you mean 'policy'?): the options are top_k, policy,"),
+        ({"budget": Budget(expand_chunks=1), "max_slots": 3}, "Give either budget or max_slots, not both."),
+        ({"expand_fraction": 1.5}, "expand_fraction must lie between 0 and 1, was 1.5: try 0.1."),
+        ({"max_slots": 5}, "more than max_slots 5: raise --max-slots to"),
+        ({"policy": "all", "expand_chunks": 1}, "The policy 'all' expands all"),
+        ({"policy": "learned"}, "This model has no trained policy: choose --policy similarity, or train one."),
+        ({"question": "why " * 200}, "more than the encoder's window of 60: shorten it"),
+        ({"max_new_tokens": 500}, "more than the decoder's 512 positions: lower --top-k, --max-new-tokens or the budget (--max-slots 12)."),
+        ({"passages": None}, "There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=…."),
+        ({"passages": [{"txt": "a"}]}, "Passage 1 must be a text or a mapping"),
+    ],
+)
+def test_one_sentence_says_what_to_do(engine: Refrag, options: dict, message: str) -> None:
+    options = {"question": QUESTION, "passages": PASSAGES} | options
+    with pytest.raises(InputError) as caught:
+        engine.answer(options.pop("question"), options.pop("passages"), **options)
+    assert message in str(caught.value)
+
+
+def test_engines_that_cannot_be(make_model, tiny_model, index: PassageIndex) -> None:
+    with pytest.raises(InputError, match="both were given: keep one"):
+        Refrag(tiny_model, index=index, retriever=lambda question: [])
+    with pytest.raises(MismatchError, match="chunk size: index 4, given 8"):
+        Refrag(make_model(chunk_size=8), index=index)
+    with pytest.raises(MismatchError, match="chunk size: index 4, given 8"):
+        Refrag(make_model(chunk_size=8), index=index.path)
+    without = make_model()
+    without.tokenizer = None
+    with pytest.raises(InputError, match="The model has no decoder tokenizer"):
+        Refrag(without)
+    with pytest.raises(InputError, match="one score per passage"):
+        Refrag(tiny_model, retriever=lambda _: PASSAGES, reranker=lambda *_: [1.0]).answer(QUESTION)
+    with pytest.raises(InputError, match="The filter `where` belongs to an index"):
+        Refrag(tiny_model, retriever=lambda _: PASSAGES).answer(QUESTION, where="id = 'a'")
+
+
+def test_a_request_is_complete(engine: Refrag) -> None:
+    request = Request.make(QUESTION, PASSAGES, **SHORT)
+    assert request.generation == GenerationSettings(max_new_tokens=8)
+    assert engine.answer(request).text == engine.answer(QUESTION, PASSAGES, **SHORT).text
+    with pytest.raises(InputError, match=r"dataclasses\.replace"):
+        engine.answer(request, seed=3)
