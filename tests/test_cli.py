@@ -1,5 +1,6 @@
 """The command line, run in this process on a saved tiny model and a real index: stdout, stderr, exit status."""
 
+import gzip
 import json
 import os
 import signal
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from refrag.cli import main
+from refrag.cli.progress import Gauge
 from refrag.engine.answer import TIMING_KEYS, USAGE_KEYS
 from refrag.index import PassageIndex
+from refrag.text import Passage
 
 QUESTION = "Who founded the harbour of Velmoor?"
 ROWS = [
@@ -68,7 +71,21 @@ def test_ask_streams_the_answer_and_then_a_table(model: str, index: str, capsys)
 
 
 def test_the_json_holds_everything(model: str, index: str, capsys) -> None:
-    arguments = ["ask", QUESTION, "--index", index, "--model", model, "--top-k", "1", "--expand-fraction", "0.5", "--max-new-tokens", "4", "--json"]
+    arguments = [
+        "ask",
+        QUESTION,
+        "--index",
+        index,
+        "--model",
+        model,
+        "--top-k",
+        "1",
+        "--expand-fraction",
+        "0.5",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ]
     assert main(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     assert {"text", "citations", "usage", "timings", "trace"} <= answer.keys()
@@ -89,7 +106,20 @@ def test_ask_reads_passages_from_a_file(model: str, corpus: Path, capsys) -> Non
 
 
 def test_sampling_is_seeded_and_stop_repeats(model: str, corpus: Path, capsys) -> None:
-    arguments = ["ask", QUESTION, "--passages", str(corpus), "--model", model, "--json", "--quiet", "--temperature", "2", "--sample-top-k", "40"]
+    arguments = [
+        "ask",
+        QUESTION,
+        "--passages",
+        str(corpus),
+        "--model",
+        model,
+        "--json",
+        "--quiet",
+        "--temperature",
+        "2",
+        "--sample-top-k",
+        "40",
+    ]
     texts = []
     for extra in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"], ["--seed", "1", "--stop", "zzzz", "--stop", "e"]):
         assert main([*arguments, *extra]) == 0
@@ -154,8 +184,10 @@ def test_verify_finds_damage_and_exits_with_1(model: str, corpus: Path, tmp_path
 
 def test_an_interrupted_build_is_finished_by_the_same_command(model: str, tmp_path: Path, capsys) -> None:
     corpus, folder = tmp_path / "corpus.jsonl", tmp_path / "index"
-    corpus.write_text("".join(json.dumps({"id": str(n), "text": f"House number {n} stands there. " * 12}) + "\n" for n in range(600)), encoding="utf-8")
-    command = ["index", "build", str(corpus), "--index", str(folder), "--model", model, "--batch-size", "8"]
+    corpus.write_text(
+        "".join(json.dumps({"id": str(n), "text": f"House number {n} stands there. " * 12}) + "\n" for n in range(160)), encoding="utf-8"
+    )
+    command = ["index", "build", str(corpus), "--index", str(folder), "--model", model, "--batch-size", "4"]
 
     over = threading.Event()
 
@@ -172,12 +204,25 @@ def test_an_interrupted_build_is_finished_by_the_same_command(model: str, tmp_pa
         over.set()
     assert capsys.readouterr().err.rstrip().endswith("refrag: interrupted")
     partial = PassageIndex.open(folder)
-    assert 0 < partial.count < 600
+    assert 0 < partial.count < 160
     assert partial.verify() == []
     assert main([*command, "--quiet"]) == 0
     counts = json.loads(capsys.readouterr().out)
-    assert counts["unchanged"] > 0 and counts["added"] + counts["unchanged"] == 600
-    assert PassageIndex.open(folder).count == 600
+    assert counts["unchanged"] > 0 and counts["added"] + counts["unchanged"] == 160
+    assert PassageIndex.open(folder).count == 160
+
+
+def test_the_bar_knows_how_far_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"y" * 300))
+    (tmp_path / "image.png").write_text("not read")
+    gauge = Gauge([tmp_path])
+    assert gauge.total == 400
+    passages = [Passage(name, "x" * 60, metadata={"source": str(tmp_path / name)}) for name in ("a.txt", "a.txt", "b.txt.gz")]
+    read = [gauge.read for _ in gauge.watch(passages)]
+    assert read == [60, 100, 160]  # a file is not longer than it is
+    assert gauge.read == 400
+    assert Gauge([]).total == 0
 
 
 # ── shell conventions ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +287,9 @@ def test_unknown_words_exit_with_2_and_the_nearest_name(arguments: list[str], ne
     assert nearest in said.err
 
 
-@pytest.mark.parametrize("command", [[], ["ask"], ["index"], ["index", "build"], ["index", "import-prototype"], ["demo"], ["info"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["ask"], ["index"], ["index", "build"], ["index", "import-prototype"], ["demo"], ["info"], ["bench"]]
+)
 def test_help_is_data(command: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
@@ -269,15 +316,27 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
         (["ask", QUESTION], "Passages must come from one place: give either --index FOLDER or --passages FILE."),
         (["ask", QUESTION, "--index", INDEX, "--passages", CORPUS], "Passages must come from one place"),
         (["ask", QUESTION, "--passages", MISSING, "--model", MODEL], "There is no file or folder missing: check the path."),
-        (["ask", QUESTION, "--index", MISSING, "--model", MODEL], "There is no index at missing: make one with  refrag index build PATH… --index missing"),
+        (
+            ["ask", QUESTION, "--index", MISSING, "--model", MODEL],
+            "There is no index at missing: make one with  refrag index build PATH… --index missing",
+        ),
         (["ask", QUESTION, "--index", INDEX, "--model", MISSING], "There is no model folder at ./missing: check --model."),
         (["ask", QUESTION, "--index", INDEX, "--expand-fraction", "1.5"], "expand_fraction must lie between 0 and 1, was 1.5: try 0.1."),
-        (["ask", QUESTION, "--index", INDEX, "--expand-fraction", "0", "--max-slots", "9"], "A budget is one of expand_fraction, expand_chunks and max_slots"),
+        (
+            ["ask", QUESTION, "--index", INDEX, "--expand-fraction", "0", "--max-slots", "9"],
+            "A budget is one of expand_fraction, expand_chunks and max_slots",
+        ),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--max-slots", "9"], "more than max_slots 9: raise --max-slots to"),
-        (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--policy", "learned"], "This model has no trained policy: choose --policy similarity, or train one."),
+        (
+            ["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--policy", "learned"],
+            "This model has no trained policy: choose --policy similarity, or train one.",
+        ),
         (["ask", "  ", "--index", INDEX, "--model", MODEL], "The question must hold some text, was empty: write it between quotes."),
         (["ask", "why " * 200, "--passages", CORPUS, "--model", MODEL], "more than the encoder's window of 60: shorten it"),
-        (["ask", QUESTION, "--passages", CORPUS, "--model", MODEL, "--max-new-tokens", "510"], "more than the decoder's 512 positions: lower --top-k"),
+        (
+            ["ask", QUESTION, "--passages", CORPUS, "--model", MODEL, "--max-new-tokens", "510"],
+            "more than the decoder's 512 positions: lower --top-k",
+        ),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--top-k", "0"], "top_k must be 1 or more, was 0"),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--where", "colour = 1"], "The filter 'colour = 1' cannot be used"),
         (["index", "build", "--index", "x"], "Nothing was named to read: give files or folders before --index."),
@@ -291,7 +350,9 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
         (["info", "--model", MODEL, "--device", "cuda"], "This PyTorch sees no device 'cuda': run the same command with --device cpu."),
     ],
 )
-def test_one_sentence_and_exit_2(arguments: list[str], sentence: str, model: str, index: str, corpus: Path, tmp_path, monkeypatch, capsys) -> None:
+def test_one_sentence_and_exit_2(
+    arguments: list[str], sentence: str, model: str, index: str, corpus: Path, tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     names = {MODEL: model, INDEX: index, CORPUS: str(corpus)}
     assert sentence in refused([names.get(word, word) for word in arguments], capsys)

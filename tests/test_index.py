@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from refrag.index.manifest import Manifest
 from refrag.index.vectors import pack, row_type, unpack
 from refrag.text import Passage
 
-WORDS = "harbour founded town coast lighthouse mill lamp burned people north ship wright old beside ninety years Velmoor Torrel".split()
+WORDS = ["harbour", "founded", "town", "coast", "lighthouse", "mill", "lamp", "burned", "people", "north", "ship", "wright", "old", "beside", "ninety", "years", "Velmoor", "Torrel"]
 
 
 def make_passages(count: int, *, seed: int = 0) -> list[Passage]:
@@ -210,8 +209,10 @@ def test_a_failing_source_keeps_whole_batches(index):
 
     with pytest.raises(InputError, match="line 21 is broken"):
         index.add(broken())
-    assert index.count in (8, 16) and index.verify() == []
-    assert index.add(make_passages(20))["unchanged"] == 20 - 20 + index.count - (index.count - 16 if index.count < 16 else 4)
+    written = index.count
+    assert written in (8, 16) and index.verify() == []
+    counts = index.add(make_passages(20))
+    assert (counts["added"], counts["unchanged"]) == (20 - written, written)
 
 
 # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -417,4 +418,3 @@ def test_full_disk_is_one_sentence(index, tiny_model):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": source}, check=False)
     assert "said: The index at" in done.stderr and "make room and run the same command again" in done.stderr, done.stderr
     assert index.count >= 8 and PassageIndex.open(index.path, model=tiny_model).verify() == []
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 8192

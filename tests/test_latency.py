@@ -138,8 +138,8 @@ def test_composed_text_has_the_length_asked_for(num_tokens: int) -> None:
 
 def test_a_prompt_has_the_context_and_question_tokens_asked_for(model: RefragModel) -> None:
     workload = Workload.make(model, SETTINGS)
-    requests = workload.requests(SETTINGS)
-    first, second = next(requests), next(requests)
+    draws = workload.draws(SETTINGS)
+    first, second = next(draws), next(draws)
     assert len(workload.passages) == 6
     assert first != second
     prompt = PromptBuilder(model.tokenizer, chunk_size=4).build(workload.question, first)

@@ -138,7 +138,7 @@ def test_gradients_reach_exactly_what_occupies_a_slot(model, prompts):
     model.zero_grad()
     masks = [mixed_mask(prompt) for prompt in prompts]
     layout = lay_out(prompts, masks, completions=[[5, 6, 2], [5, 2]])
-    vectors = vectors_of(model, prompts).clone().requires_grad_()  # inference tensors cannot be leaves
+    vectors = vectors_of(model, prompts).requires_grad_()
     embedded = []
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: (out.retain_grad(), embedded.append(out))[0])
     model(layout=layout, chunk_embeds=vectors).loss.backward()

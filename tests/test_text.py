@@ -42,6 +42,7 @@ TEXTS = {
     "right to left": "مرحبا بالعالم، שלום עולם and \u202bmixed\u202c",
     "cjk": "日本語のテキスト。漢字かな交じり文",
     "whitespace": "  two leading,\ttab,\n\nnewlines,   and trailing  \n",
+    "added word": "the QUAX-9 and QUAX-9s",
     "zero width": "a\u200bb\u00a0c\ufeffd",
 }
 
@@ -120,7 +121,8 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def any_tokenizer(request) -> PreTrainedTokenizerFast:
     unknown = {} if request.param.startswith("byte-level") else {"unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=KINDS[request.param](), bos_token="<s>", eos_token="</s>", pad_token="<pad>", **unknown)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=KINDS[request.param](), bos_token="<s>", eos_token="</s>", pad_token="<pad>", **unknown)
+    return tokenizer if tokenizer.add_tokens(["QUAX-9"]) else pytest.fail("the word was not added")
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -144,8 +146,8 @@ def shown(prompt: Prompt) -> list[str]:
 
 
 def test_byte_tokenizer_is_what_the_hand_work_assumes():
-    tokenizer, everything = byte_tokenizer(), "".join(map(chr, range(128))) + "é🎉"
-    assert tokenizer(everything, add_special_tokens=False).input_ids == list(everything.encode())
+    tokenizer, text = byte_tokenizer(), "".join(map(chr, range(128))) + "é🎉"
+    assert tokenizer(text, add_special_tokens=False).input_ids == list(text.encode())
     assert tokenizer.convert_tokens_to_ids(CONTROL) == [BOS, EOS, PAD, HEADER, END_HEADER, EOT]
 
 
@@ -422,8 +424,6 @@ def test_passage_from_any():
 def test_passage_without_text_is_refused(value, given):
     with pytest.raises(InputError, match=f'Passage 2 must be a text or a mapping with a string under "text", was {given}: pass'):
         Passage.from_any(value, 2)
-    if isinstance(value, dict):
-        pytest.raises(InputError, builder().build, "Q", ["fine", value])
 
 
 def test_builder_needs_a_chunk_size_and_a_fast_tokenizer():

@@ -1,6 +1,5 @@
 """Chunk texts -> chunk vectors (any Hugging Face encoder) -> the decoder's width (paper section 2: c_i = M_enc(C_i), e_i = phi(c_i))."""
 
-import copy
 import logging
 import math
 import time
@@ -14,9 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .errors import BackendError, InputError
+from .text import _safe_copy as safe_copy
 
 logger = logging.getLogger(__name__)
 
@@ -149,29 +150,29 @@ def encoder_window(encoder: Any, tokenizer: Any) -> int:
     return int(min(positions, tokenizer.model_max_length))
 
 
-def _backend(tokenizer: Any) -> Any:
-    """A copy of the tokenizer's Rust core, without padding or truncation, in which special tokens inside text stay text."""
+def _backend(tokenizer: Any) -> tuple[Tokenizer, list[int], list[int]]:
+    """(a private core in which no text spells a control token, ids before every text, ids after it)."""
     if tokenizer not in _backends:
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True
-        _backends[tokenizer] = backend
+        specification = tokenizer.backend_tokenizer.to_str()
+        plain = Tokenizer.from_str(specification)
+        body, whole = (plain.encode("a", add_special_tokens=special).ids for special in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+        _backends[tokenizer] = safe_copy(specification), whole[:start], whole[start + len(body) :]
     return _backends[tokenizer]
 
 
-def tokenize_texts(tokenizer, texts: Sequence[str], *, window: int) -> list[list[int]]:
+def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, window: int) -> list[list[int]]:
     """Encoder token ids per text, special tokens around them, never inside; longer ones are cut to `window` and reported.
 
     A text without any token (an encoder without special tokens, a blank text) gets the padding token.
     """
-    blank = [tokenizer.pad_token_id or 0]
-    rows = [encoding.ids or blank for encoding in _backend(tokenizer).encode_batch_fast(list(texts))]
-    too_long = sum(len(row) > window for row in rows)
+    backend, before, after = _backend(tokenizer)
+    rows = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    room = window - len(before) - len(after)
+    too_long = sum(len(row) > room for row in rows)
     if too_long:
         logger.warning("%d of %d chunks were cut to the encoder's %d tokens: use a smaller chunk_size.", too_long, len(rows), window)
-        rows = [row if len(row) <= window else [*row[: window - 1], row[-1]] for row in rows]
-    return rows
+    return [before + row[:room] + after or [tokenizer.pad_token_id or 0] for row in rows]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Int[Tensor, "chunk token"], Int[Tensor, "chunk token"]]:
@@ -200,7 +201,6 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         start += size
 
 
-@torch.inference_mode()
 def encode_texts(
     encoder: Any,
     tokenizer: Any,
@@ -210,22 +210,23 @@ def encode_texts(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "chunk enc"]:
-    """The vector of each text, float32, on the encoder's device, in the order given.
+    """The vector of each text, float32, on the encoder's device, in the order given, without gradient.
 
     Batches are sorted by length and hold at most `batch_tokens` tokens (None: 4,096 on a CPU, 32,768 elsewhere);
     `progress` is called with the number of texts done after each. Texts longer than the encoder's window are cut and reported.
     """
     device, window = next(encoder.parameters()).device, encoder_window(encoder, tokenizer)
     batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 32768)
-    vectors = torch.empty(len(texts), encoder.config.hidden_size, device=device)
-    for start in range(0, len(texts), WINDOW_TEXTS):
-        rows = tokenize_texts(tokenizer, texts[start : start + WINDOW_TEXTS], window=window)
-        for batch in _batches([len(row) for row in rows], batch_tokens):
-            ids, mask = pad_rows([rows[number] for number in batch], pad_id=tokenizer.pad_token_id or 0)
-            # without padding no mask: the encoder then skips it, and need not ask the device whether it is full
-            mask = None if len(rows[batch[-1]]) == ids.shape[1] else mask.to(device, non_blocking=True)
-            pooled = encode_batch(encoder, ids.to(device, non_blocking=True), mask, pooling)
-            vectors[torch.tensor(batch, device=device) + start] = pooled.float()
-            if progress:
-                progress(len(batch))
+    vectors = torch.empty(len(texts), encoder.config.hidden_size, device=device)  # outside inference_mode: training may use it
+    with torch.inference_mode():
+        for start in range(0, len(texts), WINDOW_TEXTS):
+            rows = tokenize_texts(tokenizer, texts[start : start + WINDOW_TEXTS], window=window)
+            for batch in _batches([len(row) for row in rows], batch_tokens):
+                ids, mask = pad_rows([rows[number] for number in batch], pad_id=tokenizer.pad_token_id or 0)
+                # without padding no mask: the encoder then skips it, and need not ask the device whether it is full
+                mask = None if len(rows[batch[-1]]) == ids.shape[1] else mask.to(device, non_blocking=True)
+                pooled = encode_batch(encoder, ids.to(device, non_blocking=True), mask, pooling)
+                vectors[torch.tensor(batch, device=device) + start] = pooled.float()
+                if progress:
+                    progress(len(batch))
     return vectors

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ class RefragConfig(PretrainedConfig):
     """What travels with the weights."""
 
     model_type = "refrag"
-    sub_configs: ClassVar = {"encoder_config": AutoConfig, "decoder_config": AutoConfig}
-    has_no_defaults_at_init: ClassVar = True
+    sub_configs = {"encoder_config": AutoConfig, "decoder_config": AutoConfig}  # noqa: RUF012
+    has_no_defaults_at_init = True
 
     encoder_config: Any = None
     decoder_config: Any = None
@@ -58,23 +58,26 @@ class RefragConfig(PretrainedConfig):
     parts: str = "all"
     """`all`, or `adapter` for a folder without the decoder's own weights."""
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         """Raises InputError for a chunk size below 1, an unknown pooling, and policy settings that do not exist."""
+        parts = {name: kwargs.pop(name, None) for name in self.sub_configs}  # set last: transformers resets the attention of those it finds
+        super().__init__(**{name: getattr(type(self), name) for name in type(self).__annotations__} | kwargs)
+        for name, part in parts.items():
+            setattr(self, name, AutoConfig.for_model(**part) if isinstance(part, dict) else part)
+        if kwargs.get("attn_implementation") is not None:
+            self._attn_implementation = kwargs["attn_implementation"]
+        self.policy = POLICY_DEFAULTS | (self.policy or {})
+        self._check()
+
+    def _check(self) -> None:
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise InputError(f"chunk_size must be a whole number of 1 or more, was {self.chunk_size}: try 16.")
         if self.pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, was {self.pooling!r}.")
         if not 0 <= self.expand_fraction <= 1:
             raise InputError(f"expand_fraction must lie between 0 and 1, was {self.expand_fraction}: try 0.1.")
-        self.policy = POLICY_DEFAULTS | (self.policy or {})
         if self.policy.keys() != POLICY_DEFAULTS.keys() or self.policy["kind"] not in ("transformer", "mlp", "none"):
             raise InputError(f"policy must have the keys {', '.join(POLICY_DEFAULTS)} and kind transformer, mlp or none, was {self.policy}.")
-        parts, attention = (self.encoder_config, self.decoder_config), kwargs.get("attn_implementation")
-        self.encoder_config = self.decoder_config = None  # transformers would reset the attention of what it finds here
-        super().__post_init__(**kwargs)
-        self.encoder_config, self.decoder_config = (AutoConfig.for_model(**part) if isinstance(part, dict) else part for part in parts)
-        if attention is not None:
-            self._attn_implementation = attention
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The decoder's config: what generation and cache code asks for."""

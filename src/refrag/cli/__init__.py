@@ -57,7 +57,13 @@ def _parse(args: Sequence[str] | None) -> Any:
         print(f"refrag {__version__}")
         raise SystemExit(0)
     said = io.StringIO()
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
+    config = (
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.OmitSubcommandPrefixes,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.PositionalMetavarFromFieldName,
+        tyro.conf.DisallowNone,
+    )
     try:
         with redirect_stderr(said):
             return tyro.cli(Command, args=args, prog="refrag", description=DESCRIPTION, config=config)

@@ -77,7 +77,7 @@ class Ask:
     def _answer(self, engine: Any) -> Any:
         from ..engine import Request
 
-        passages = self.passages and list(self.reading.passages([self.passages], engine.model, IndexSettings()))
+        passages = None if self.passages is None else list(self.reading.passages([self.passages], engine.model, IndexSettings()))
         names = "top_k", "policy", "budget", "system", "mode", "where"
         request = Request(self.question, passages, generation=self.decoding, **{name: getattr(self, name) for name in names})
         if self.as_json:
@@ -129,7 +129,10 @@ class Info:
         from importlib.metadata import version
 
         model = self.model.load()
-        parts = {name: f"{getattr(model, name).config.model_type}, {getattr(model, name).num_parameters():,} parameters" for name in ("encoder", "decoder")}
+        parts = {
+            name: f"{getattr(model, name).config.model_type}, {getattr(model, name).num_parameters():,} parameters"
+            for name in ("encoder", "decoder")
+        }
         config = model.config
         values = {
             "refrag": __version__,

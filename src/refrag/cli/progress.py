@@ -1,6 +1,6 @@
 """A bar on stderr for streams of passages whose number nobody knows: how far it is follows from the files' sizes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,16 @@ def _size(path: Path) -> int:
 
 
 @contextmanager
-def passage_bar(console: Console, what: str, gauge: Gauge) -> Iterator[Callable[[int], None]]:
+def passage_bar(console: Console, what: str, gauge: Gauge) -> Generator[Callable[[int], None]]:
     """A bar with count, rate and an estimate of the time left; the function takes the number of passages just done."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn(what), BarColumn(), TextColumn("{task.fields[passages]:,} passages, {task.fields[rate]:,.0f}/s, left"), TimeRemainingColumn()
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        TextColumn("{task.fields[passages]:,} passages, {task.fields[rate]:,.0f}/s, left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=console.quiet) as bars:
         task = bars.add_task(what, total=gauge.total or None, passages=0, rate=0.0)
 

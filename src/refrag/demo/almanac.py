@@ -75,8 +75,8 @@ def name_words(kind: str, held_out: bool) -> tuple[str, ...]:
 class _Writer:
     """Draws names, facts and sentences for one case."""
 
-    def __init__(self, rng: random.Random, split: Split) -> None:
-        self.rng = rng
+    def __init__(self, rng: random.Random, split: Split, *, brief: bool = False) -> None:
+        self.rng, self.brief = rng, brief
         self.held_out_names = split != "train"
         self.held_out_forms = split == "held-out-forms"
         self.used: set[str] = set()
@@ -121,7 +121,7 @@ class _Writer:
             statement = self.form(forms.RELATIONS[draft.kind][relation].statements)
             subject = draft.subject if self.rng.random() < 0.75 else forms.NOUN_PHRASES[draft.kind]
             sentences.append((relation, statement.replace("{s}", subject).replace("{a}", answer)))
-        goal = self.rng.choices((40, 55, 75, 110), weights=(70, 20, 8, 2))[0]
+        goal = 0 if self.brief else self.rng.choices((40, 55, 75, 110), weights=(70, 20, 8, 2))[0]
         while sum(len(sentence.split()) for _, sentence in sentences) < goal:
             filler = self.filler(draft)
             if all(filler != sentence for _, sentence in sentences):
@@ -135,13 +135,17 @@ class _Writer:
                 draft.spans[relation] = (start, start + len(answer))
             draft.text += (" " if draft.text else "") + sentence
 
-    def drafts(self, kind: str, subject: str | None = None, facts: dict[str, str] | None = None) -> list[_Draft]:
-        """The two passages of one entity: its relations shared out, two or three to each."""
-        subject = subject or self.name(kind)
-        items = list((facts or self.facts(kind)).items())
-        self.rng.shuffle(items)
+    def shares(self, kind: str) -> tuple[list[str], list[str]]:
+        """The relations of a kind, two for one passage and three for the other."""
+        relations = self.rng.sample(list(forms.RELATIONS[kind]), k=len(forms.RELATIONS[kind]))
         cut = self.rng.choice((2, 3))
-        pair = [_Draft(kind, subject, dict(items[:cut])), _Draft(kind, subject, dict(items[cut:]))]
+        return relations[:cut], relations[cut:]
+
+    def drafts(self, kind: str, subject: str | None = None, *, shares: tuple[list[str], list[str]] | None = None) -> list[_Draft]:
+        """The two passages of one entity: its relations shared out, as given or at random."""
+        subject = subject or self.name(kind)
+        facts = self.facts(kind)
+        pair = [_Draft(kind, subject, {relation: facts[relation] for relation in share}) for share in shares or self.shares(kind)]
         for draft in pair:
             self.write(draft)
         return pair
@@ -180,30 +184,37 @@ def _two_hop_case(writer: _Writer, num_passages: int) -> tuple[list[_Draft], lis
     return drafts, [question, *_questions(writer, drafts, [])]
 
 
-def _one_kind_case(writer: _Writer, num_passages: int, unanswerable: bool) -> tuple[list[_Draft], list[Question]]:
-    """Passages of entities of one kind, two an entity; with `unanswerable` one more was written and left out."""
+def _one_kind_case(writer: _Writer, num_passages: int, *, unanswerable: bool, rivals: bool) -> tuple[list[_Draft], list[Question]]:
+    """Passages of entities of one kind, two an entity; with `unanswerable` one more was written and left out.
+
+    With `rivals` there is one passage an entity, and all of them state the same relations: only the name tells them apart.
+    """
     kind = writer.rng.choice(tuple(forms.RELATIONS))
+    shares, side = writer.shares(kind), writer.rng.randrange(2)
     drafts: list[_Draft] = []
     while len(drafts) < num_passages + unanswerable:
-        drafts += writer.drafts(kind)
+        drafts += [writer.drafts(kind, shares=shares)[side]] if rivals else writer.drafts(kind)
     absent = [drafts.pop(0)] if unanswerable else []
     drafts = drafts[:num_passages]
     writer.rng.shuffle(drafts)
     return drafts, _questions(writer, drafts, absent)
 
 
-def make_case(seed: int | str, *, split: Split = "train", num_passages: int = 8, kind: Kind = "one-hop") -> Case:
+def make_case(
+    seed: int | str, *, split: Split = "train", num_passages: int = 8, kind: Kind = "one-hop", rivals: bool = False, brief: bool = False
+) -> Case:
     """One context and its questions, a pure function of the arguments. Questions of `kind` come first, shuffled.
 
-    No answer of a question of `kind` stands in a title; a case in which one would is drawn again.
+    No answer of a question of `kind` stands in a title; a case in which one would is drawn again. For training only:
+    `rivals` takes one passage an entity, all with the same relations; `brief` leaves out all sentences without a fact.
     """
     for attempt in range(100):
         rng = random.Random(f"{seed}/{split}/{num_passages}/{kind}/{attempt}")
-        writer = _Writer(rng, split)
+        writer = _Writer(rng, split, brief=brief)
         if kind == "two-hop":
             drafts, questions = _two_hop_case(writer, max(num_passages, 2))
         else:
-            drafts, questions = _one_kind_case(writer, num_passages, kind == "unanswerable")
+            drafts, questions = _one_kind_case(writer, num_passages, unanswerable=kind == "unanswerable", rivals=rivals)
         rng.shuffle(questions)
         questions.sort(key=lambda question: question.kind != kind)
         titles = {draft.subject for draft in drafts}

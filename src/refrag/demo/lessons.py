@@ -1,11 +1,12 @@
 """What the bundled model is trained on: batches of almanac cases, each a pure function of (seed, step).
 
-A curriculum is data: shares of training, and in each how many passages a case has. Exact resume follows.
+A curriculum is data: phases, and in each what cases look like. Exact resume follows.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from ..encoder import encoder_inputs
 from ..layout import IGNORED, PADDING, lay_out
 from ..model import RefragModel
 from ..text import Chunk, Passage, Prompt, PromptBuilder
-from .almanac import Case, Kind, make_case
+from .almanac import Case, Kind, Question, make_case
 
 CONTEXT_WEIGHT = 0.1
 """Loss weight of a token of the passages, against 1 for a token of an answer."""
@@ -23,16 +24,37 @@ CONTEXT_WEIGHT = 0.1
 ROUND = 64
 """Batches are padded to multiples of this."""
 
-Curriculum = tuple[tuple[float, dict[int, float]], ...]
-"""(up to this share of training, {passages: weight}) …"""
 
-READING: Curriculum = (
-    (0.15, {1: 0.5, 2: 0.5}),
-    (0.30, {1: 0.2, 2: 0.5, 4: 0.3}),
-    (0.50, {2: 0.3, 4: 0.4, 8: 0.3}),
-    (1.00, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}),
+
+class Phase(NamedTuple):
+    """A stretch of training and the cases it draws."""
+
+    until: int
+    """Last step."""
+    sizes: dict[int, float]
+    """Passages of a case: weight."""
+    rivals: float = 0.0
+    """Share of cases in which each passage is another entity's, all with the same relations."""
+    brief: float = 0.0
+    """Share of batches without filler sentences."""
+
+
+READING = (
+    Phase(540, {1: 0.5, 2: 0.5}),
+    Phase(1080, {1: 0.2, 2: 0.5, 4: 0.3}),
+    Phase(1750, {2: 0.3, 4: 0.4, 8: 0.3}),
+    Phase(3000, {2: 0.6, 3: 0.4}, rivals=0.8, brief=1.0),
+    Phase(3600, {2: 0.3, 4: 0.5, 8: 0.2}, rivals=0.5, brief=0.5),
+    Phase(10**9, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}, rivals=0.2),
 )
-MIXED: Curriculum = ((0.25, {1: 0.3, 2: 0.4, 4: 0.3}), (0.5, {2: 0.3, 4: 0.4, 8: 0.3}), (1.00, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}))
+"""As the bundled decoder was trained. The first three phases taught it to match the relation, and it took any entity's
+answer; passages that differ in nothing but the name taught it the name."""
+
+MIXED = (
+    Phase(300, {2: 0.5, 4: 0.5}, rivals=0.3, brief=0.3),
+    Phase(800, {2: 0.3, 4: 0.4, 8: 0.3}, rivals=0.3),
+    Phase(10**9, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}, rivals=0.2),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,11 @@ class Lesson:
     completion: list[int]
     answers: list[int]
     """One entry a token of the completion: 0 for a question's token, n for a token of the n-th answer."""
+
+
+def cited(question: Question) -> str:
+    """The answer as the model is to give it: the numbers of the passages it rests on, in the order of the hops, then the words."""
+    return "".join(f"[{position + 1}]" for position in question.gold) + f" {question.answer}"
 
 
 class Lessons:
@@ -56,7 +83,7 @@ class Lessons:
         """All questions of a case in one row: the passages are read once and asked about many times."""
         questions = case.questions[:max_questions]
         prompt = self.builder.build(questions[0].text, case.passages)
-        texts = [f"Question: {question.text}\nAnswer:" for question in questions[1:]] + [f" {question.answer}" for question in questions]
+        texts = [f"Question: {question.text}\nAnswer:" for question in questions[1:]] + [cited(question) for question in questions]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         asked, answered = [[], *ids[: len(questions) - 1]], ids[len(questions) - 1 :]
         completion, answers = [], []
@@ -66,14 +93,20 @@ class Lessons:
         return Lesson(prompt, completion, answers)
 
 
-def draw_cases(seed: int, step: int, progress: float, *, curriculum: Curriculum, batch_passages: int) -> list[Case]:
-    """The cases of one step: as many of one size as together have about `batch_passages` passages."""
+def draw_cases(seed: int, step: int, *, phases: Sequence[Phase], batch_passages: int) -> list[Case]:
+    """The cases of one step: as many of one size as together have about `batch_passages` passages, twice that if brief."""
     rng = random.Random(f"lesson-{seed}-{step}")
-    weights = next(weights for limit, weights in curriculum if progress <= limit)
-    size = rng.choices(list(weights), weights=list(weights.values()))[0]
+    phase = next(phase for phase in phases if step < phase.until)
+    size = rng.choices(list(phase.sizes), weights=list(phase.sizes.values()))[0]
+    brief = rng.random() < phase.brief
     kinds: list[Kind] = ["one-hop"] if size < 2 else ["one-hop", "one-hop", "two-hop", "two-hop", "unanswerable"]
-    count = max(1, batch_passages // size)
-    return [make_case(f"{seed}-{step}-{i}", num_passages=size, kind=rng.choice(kinds)) for i in range(count)]
+    count = max(1, batch_passages * (2 if brief else 1) // size)
+    cases = []
+    for i in range(count):
+        rivals = rng.random() < phase.rivals
+        kind = rng.choice(("one-hop", "one-hop", "one-hop", "unanswerable") if rivals else kinds)
+        cases.append(make_case(f"{seed}-{step}-{i}", num_passages=size, kind=kind, rivals=rivals, brief=brief))
+    return cases
 
 
 class ReadingSteps(Dataset):
@@ -86,7 +119,7 @@ class ReadingSteps(Dataset):
         return self.num_steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        cases = draw_cases(self.seed, step, (step + 1) / self.num_steps, curriculum=READING, batch_passages=self.batch_passages)
+        cases = draw_cases(self.seed, step, phases=READING, batch_passages=self.batch_passages)
         lessons = [self.lessons.lesson(case) for case in cases]
         rows = [(lesson.prompt.token_ids(), lesson) for lesson in lessons]
         width = -(-max(len(ids) + len(lesson.completion) for ids, lesson in rows) // ROUND) * ROUND
@@ -111,7 +144,7 @@ def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[boo
     layout = lay_out(prompts, masks, padding_side="right", **targets)
     extra = -layout.source.shape[1] % ROUND
     source, labels = nn.functional.pad(layout.source, (0, extra), value=PADDING), nn.functional.pad(layout.labels, (0, extra), value=IGNORED)
-    batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels), "labels": labels}
+    batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels, num_chunks=0), "labels": labels}
     if all(map(all, masks)):
         return batch
     texts = [text for prompt in prompts for text in prompt.chunk_texts()]
@@ -177,7 +210,7 @@ class MixedSteps(Dataset):
     def __getitem__(self, step: int) -> dict[str, Any]:
         if step % 5 == 4:
             return self.reconstruction[step]
-        cases = draw_cases(self.seed, step, (step + 1) / self.num_steps, curriculum=MIXED, batch_passages=self.batch_passages)
+        cases = draw_cases(self.seed, step, phases=MIXED, batch_passages=self.batch_passages)
         rng = random.Random(f"mixed-{self.seed}-{step}")
         how = rng.choices(("full", "none", "some", "gold"), weights=(self.full, 0.35, 0.2, 0.3))[0]
         lessons = [self.lessons.lesson(case) for case in cases]
@@ -202,7 +235,41 @@ class MixedSteps(Dataset):
         return batch | {"answers": answers}
 
 
-def answer_chunks(prompt: Prompt, questions: list[Any] | tuple[Any, ...]) -> list[bool]:
+def answer_chunks(prompt: Prompt, questions: Sequence[Question]) -> list[bool]:
     """Which chunks overlap the answer of one of the questions."""
     spans = [(question.gold[-1], *question.span) for question in questions if question.span]
     return [any(chunk.passage == passage and chunk.start < end and start < chunk.end for passage, start, end in spans) for chunk in prompt.chunks]
+
+
+class PolicySteps(Dataset):
+    """Supervised start of the policy: item i holds one case's chunk vectors and, a row a question, which chunks hold its evidence."""
+
+    def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 3) -> None:
+        self.model, self.num_steps, self.seed = model, num_steps, seed
+        self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        case = make_case(f"policy-{self.seed}-{step}", num_passages=(8, 8, 4, 2)[step % 4], kind=("one-hop", "two-hop")[step % 3 == 0])
+        questions = [question for question in case.questions if question.gold]
+        prompt = self.builder.build(questions[0].text, case.passages)
+        vectors = self.model.encode(prompt.chunk_texts() + [question.text for question in questions])
+        chunks, asked = vectors[: len(prompt.chunks)], vectors[len(prompt.chunks) :]
+        rows = len(questions)
+        return {
+            "chunk_embeds": chunks.expand(rows, -1, -1),
+            "chunk_mask": torch.ones(rows, len(chunks), dtype=torch.bool),
+            "question_embeds": asked,
+            "passage_index": torch.tensor([chunk.passage for chunk in prompt.chunks]).expand(rows, -1),
+            "gold": torch.tensor([answer_chunks(prompt, evidence(case, question)) for question in questions]),
+        }
+
+
+def evidence(case: Case, question: Question) -> list[Question]:
+    """The question itself and, for two hops, the first hop: the question about the bridge passage whose answer names the second."""
+    if question.kind != "two-hop":
+        return [question]
+    first = question.relation.split(".")[0]
+    return [question, *(other for other in case.questions if other.kind == "one-hop" and other.gold == question.gold[:1] and other.relation == first)]

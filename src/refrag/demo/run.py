@@ -14,7 +14,7 @@ from rich.table import Table
 from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings
 from ..engine import Answer, Refrag, Request
 from ..engine.answer import render_trace
-from ..evaluation.metrics import exact_match, mean_interval
+from ..evaluation.metrics import exact_match, mean_interval, without_citations
 from ..index import PassageIndex
 from ..model import load_model
 from .almanac import Case, Question, Split, evaluation_cases
@@ -51,7 +51,7 @@ def ask_all(engine: Refrag, cases: Sequence[tuple[Case, Question]], options: dic
     answers: list[Answer] = []
     for start in range(0, len(requests), batch_size):
         answers += engine.answer_batch(requests[start : start + batch_size])
-    return [Asked(question, answer, exact_match(answer.text, [question.answer])) for (_, question), answer in zip(cases, answers, strict=True)]
+    return [Asked(question, answer, exact_match(without_citations(answer.text), [question.answer])) for (_, question), answer in zip(cases, answers, strict=True)]
 
 
 def summarise(asked: Sequence[Asked]) -> dict[str, Any]:

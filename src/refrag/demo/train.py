@@ -8,16 +8,19 @@ Every stage resumes where it was stopped. On two CPU cores the whole takes about
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel, TrainingArguments
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..model import RefragModel
+from ..training.policy import PolicyWithGold
 from ..training.trainer import RefragTrainer
-from .lessons import Lessons, MixedSteps, ReadingSteps, ReconstructionSteps
+from .lessons import Lessons, MixedSteps, PolicySteps, ReadingSteps, ReconstructionSteps
+from .run import POLICY_FRACTION
 from .tokenizer import train_tokenizers
 
 CHUNK_SIZE = 8
@@ -105,6 +108,29 @@ def mixed(args: argparse.Namespace) -> None:
     fit(make_trainer(model, MixedSteps(model, num_steps=args.num_steps, seed=args.seed + 1, batch_passages=args.batch_passages), args))
 
 
+def policy(args: argparse.Namespace) -> None:
+    """The policy learns from marked evidence to rank chunks for a question; encoder and decoder stay as they are."""
+    folder = args.output_dir / "policy"
+    model = RefragModel.from_pretrained(args.output_dir / "mixed").eval()
+    trainer = InOrder(
+        model=PolicyWithGold(model.policy), args=training_arguments(folder, args), train_dataset=PolicySteps(model, num_steps=args.num_steps),
+        data_collator=lambda items: items[0], optimizer_name="muon",
+    )  # fmt: skip
+    trainer.compute_loss = partial(Trainer.compute_loss, trainer)  # the module returns its own loss
+    trainer.train()
+    model.config.policy["trained"] = True
+    model.save_pretrained(folder / "model")
+
+
+def export(args: argparse.Namespace) -> None:
+    """The finished model in half precision, as it is bundled."""
+    model = RefragModel.from_pretrained(args.output_dir / "policy" / "model").half()
+    model.config.expand_fraction = POLICY_FRACTION
+    for part in ("encoder", "decoder"):
+        setattr(model.config, f"{part}_name", None)
+    model.save_pretrained(args.weights)
+
+
 def encoder_config(tokenizer: Any) -> RobertaConfig:
     """A RoBERTa of a million parameters, as wide as the decoder."""
     return RobertaConfig(
@@ -118,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=("reading", "reconstruction", "mixed", "policy", "export"))
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bundled"))
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights", help="where export writes")
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--batch-passages", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
@@ -130,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    {"reading": reading, "reconstruction": reconstruction, "mixed": mixed}[args.stage](args)
+    {"reading": reading, "reconstruction": reconstruction, "mixed": mixed, "policy": policy, "export": export}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Request:
         return cls(question, passages, **(options | {"budget": budget, "generation": generation}))
 
 
-def _settings(kind: type, options: dict[str, Any], name: str) -> Any:
+def _settings(kind: type[Budget | GenerationSettings], options: dict[str, Any], name: str) -> Any:
     """Take the fields of `kind` out of `options`; `top_k` stays: it is the number of passages."""
     given = {f.name: options.pop(f.name) for f in fields(kind) if f.name != "top_k" and f.name in options}
     if name in options and given:

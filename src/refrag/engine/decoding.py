@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class TextFeed:
     The pieces together are `text`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     eos_ids: frozenset[int]
     stop: tuple[str, ...] = ()
     sink: Callable[[str], object] | None = None
@@ -155,7 +156,7 @@ def end_token_ids(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def decode(
-    decoder: PreTrainedModel,
+    decoder: Any,
     inputs: MixedInputs,
     rows: Sequence[TextFeed],
     *,

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 Passages = Sequence[str | dict | Passage] | None
 Retriever = Callable[[str], Sequence[str | dict | Passage]]
 Sink = Callable[[str], object]
+Found = tuple[Any, float | None]
+"""A passage, as it was given, and its retrieval score."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Stopwatch:
         self.seconds = dict.fromkeys(TIMING_KEYS, 0.0)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str) -> Generator[None]:
         begin = time.perf_counter()
         yield
         if self.device.type in ("cuda", "mps"):
@@ -94,7 +96,9 @@ class Refrag:
             raise InputError("Passages come from an index or from a retriever, both were given: keep one.")
         if model.tokenizer is None or model.encoder_tokenizer is None:
             missing = "decoder" if model.tokenizer is None else "encoder"
-            raise InputError(f"The model has no {missing} tokenizer: pass {missing}_tokenizer=… to RefragModel.from_parts and save it again.")
+            raise InputError(
+                f"The model has no {missing} tokenizer: pass {missing}_tokenizer=… to RefragModel.from_parts and save it again."
+            )
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.index = None if index is None else _open(index, model)
@@ -218,23 +222,28 @@ class Refrag:
         )
         return rows, layout, inputs
 
-    def _passages(self, request: Request) -> list[tuple[str | dict | Passage, float | None]]:
+    def _passages(self, request: Request) -> list[Found]:
         """The passages to read with their retrieval scores, best first."""
         if request.passages is not None:
             return [(passage, None) for passage in request.passages]
         wanted = request.top_k * (CANDIDATES if self.reranker else 1)
+        found: list[Found]
         if self.retriever is not None:
             if request.where is not None:
                 raise InputError("The filter `where` belongs to an index, this engine has a retriever: filter in the retriever.")
-            found = [(Passage.from_any(own, number), None) for number, own in enumerate(self.retriever(request.question), 1)][:wanted]
+            found = [(Passage.from_any(own, number), None) for number, own in enumerate(self.retriever(request.question), 1)][
+                :wanted
+            ]
         elif self.index is not None:
             hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where)
             found = [(hit.passage, float(hit.score)) for hit in hits]
         else:
             raise InputError("There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=….")
-        return rerank(self.reranker, request.question, [own for own, _ in found], request.top_k) if self.reranker else found
+        if self.reranker is None:
+            return found
+        return [*rerank(self.reranker, request.question, [own for own, _ in found], request.top_k)]
 
-    def _prompt(self, request: Request, found: list[tuple[str | dict | Passage, float | None]]) -> Prompt:
+    def _prompt(self, request: Request, found: list[Found]) -> Prompt:
         return self.builder.build(
             request.question,
             [passage for passage, _ in found],
@@ -243,7 +252,7 @@ class Refrag:
             passages_first=request.passages_first,
         )
 
-    def _row(self, request: Request, prompt: Prompt, found: list[tuple[Any, float | None]], vectors: Float[Tensor, "_ enc"]) -> Row:
+    def _row(self, request: Request, prompt: Prompt, found: list[Found], vectors: Float[Tensor, "_ enc"]) -> Row:
         """The policy's decision for one prompt."""
         learned = self.model.policy if self.model.has_trained_policy else None
         policy = request.policy or ("learned" if learned is not None else "similarity")
@@ -324,7 +333,7 @@ def _needs_question(policy: Any, learned: Any) -> bool:
 
 
 @contextmanager
-def _backend_errors(device: torch.device) -> Iterator[None]:
+def _backend_errors(device: torch.device) -> Generator[None]:
     """A device that fails is reported in one sentence that names the way out."""
     try:
         yield

@@ -1,6 +1,7 @@
 """An optional second look at the passages found: a cross-encoder, or any callable that scores them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class CrossEncoder:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
         except (OSError, ValueError) as error:
             raise NotFoundError(f"There is no reranker {name!r} on this machine or the hub: check --reranker.") from error

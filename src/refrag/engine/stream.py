@@ -42,8 +42,15 @@ class AnswerStream(Iterator[str]):
         return self
 
     def __next__(self) -> str:
-        if self._over:
+        piece = self._next()
+        if piece is None:
             raise StopIteration
+        return piece
+
+    def _next(self) -> str | None:
+        """The next piece, None at the end."""
+        if self._over:
+            return None
         item = self._pieces.get()
         if isinstance(item, str):
             return item
@@ -51,7 +58,7 @@ class AnswerStream(Iterator[str]):
         if isinstance(item, BaseException):
             raise item
         self._answer = item
-        raise StopIteration
+        return None
 
     def close(self) -> None:
         """Stop decoding and wait for the thread; nothing happens to a finished stream."""
@@ -93,7 +100,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
 
     async def __anext__(self) -> str:
         try:
-            piece = await asyncio.to_thread(next, self._stream, None)
+            piece = await asyncio.to_thread(self._stream._next)
         except asyncio.CancelledError:
             self._stream._closed.set()
             raise

@@ -47,9 +47,7 @@ class VectorSource:
         self.index = index
         self.cache = VectorCache(cache_chunks)
 
-    def chunk_embeds(
-        self, prompts: Sequence[Prompt], *, stored: Collection[int], needed: Sequence[bool]
-    ) -> list[Float[Tensor, "_ enc"]]:
+    def chunk_embeds(self, prompts: Sequence[Prompt], *, stored: Collection[int], needed: Sequence[bool]) -> list[Float[Tensor, "_ enc"]]:
         """The vectors of each prompt's chunks, on the model's device; missing ones are encoded together.
 
         `stored` holds `id()` of the passage objects that came from the index: an equal name alone proves nothing.

@@ -1,4 +1,4 @@
-"""Time to first token, from the request's text in hand: REFRAG against the bare decoder's prefill on as many slots.
+"""Time to first token, from question text and passage ids in hand: REFRAG against the bare decoder's prefill on as many slots.
 
 Systems run interleaved in one process, each once a round in a shuffled order, until the ratios are steady or the rounds run out.
 Every request draws other passages of the index. See docs/decisions/0004-latency.md.
@@ -9,9 +9,9 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from ..config import Budget, GenerationSettings, IndexSettings
 from ..encoder import resolve_device
-from ..engine import Answer, Refrag
+from ..engine import Answer, Refrag, Request
 from ..errors import InputError
 from ..index import Hit, PassageIndex
 from ..model import RefragModel, load_model
@@ -50,8 +50,10 @@ class Samples:
     answers: list[Answer] = field(default_factory=list)
 
 
-Request = list[Passage]
-System = Callable[[Request], "Answer | None"]
+Draw = list[Passage]
+"""The passages of one request."""
+
+System = Callable[[Draw], Answer | None]
 """Serves one request up to its first token; returns the answer, or None for the bare decoder."""
 
 
@@ -69,7 +71,6 @@ def run(settings: LatencySettings) -> dict[str, Any]:
         index = PassageIndex.create(folder, model, IndexSettings())
         logger.info("indexing %d passages", len(workload.passages))
         index.add(workload.passages)
-        index.optimize()
         samples = measure(build_systems(model, index, workload, settings), workload, settings)
     values = {"workload": describe(model, samples), **report(samples, settings)}
     content = result("latency", settings=_portable(settings), values=values, seed=settings.seed)
@@ -121,7 +122,7 @@ class Workload:
             )
         return cls(passages, compose(words, settings.question_tokens, rng, uncompressed))
 
-    def requests(self, settings: LatencySettings) -> Iterator[Request]:
+    def draws(self, settings: LatencySettings) -> Iterator[Draw]:
         """Endless draws of num_passages different passages."""
         rng = random.Random(settings.seed + 1)
         while True:
@@ -161,25 +162,30 @@ def build_systems(model: RefragModel, index: PassageIndex, workload: Workload, s
     """What is compared, by name: `cached` and `bare`; `full` and `uncached` where asked for."""
     in_hand = IdsInHand(index)
     cached_engine, uncached_engine = Refrag(model, index=in_hand), Refrag(model, cache_chunks=0)
-    options: dict[str, Any] = {"policy": settings.policy, "generation": GenerationSettings(max_new_tokens=1, seed=settings.seed)}
-    budget = Budget() if settings.policy in ("none", "all") else Budget(expand_fraction=settings.expand_fraction)
+    base = Request(
+        workload.question,
+        top_k=settings.num_passages,
+        policy=settings.policy,
+        budget=Budget() if settings.policy in ("none", "all") else Budget(expand_fraction=settings.expand_fraction),
+        generation=GenerationSettings(max_new_tokens=1, seed=settings.seed),
+    )
 
-    def cached(request: Request) -> Answer:
-        in_hand.ids, before = [passage.id for passage in request], in_hand.ids_read
-        answer = cached_engine.answer(workload.question, top_k=len(request), budget=budget, **options)
-        assert settings.policy == "all" or in_hand.ids_read == before + len(request), "vectors did not come from the index on disk"
+    def cached(draw: Draw) -> Answer:
+        in_hand.ids, before = [passage.id for passage in draw], in_hand.ids_read
+        answer = cached_engine.answer(base)
+        assert settings.policy == "all" or in_hand.ids_read == before + len(draw), "vectors did not come from the index on disk"
         return answer
 
-    def full(request: Request) -> Answer:
-        return cached_engine.answer(workload.question, request, **options | {"policy": "all"})
+    def full(draw: Draw) -> Answer:
+        return cached_engine.answer(replace(base, passages=draw, policy="all", budget=Budget()))
 
-    def uncached(request: Request) -> Answer:
-        return uncached_engine.answer(workload.question, request, budget=budget, **options)
+    def uncached(draw: Draw) -> Answer:
+        return uncached_engine.answer(replace(base, passages=draw))
 
     slots = int(cached(workload.passages[: settings.num_passages]).usage["prompt_slots"])
     token_ids = torch.randint(3, len(model.tokenizer), (1, slots), device=model.device)
 
-    def bare(request: Request) -> None:
+    def bare(draw: Draw) -> None:
         prefill(model, token_ids)
 
     systems: dict[str, System] = {"cached": cached, "bare": bare}
@@ -196,28 +202,28 @@ def prefill(model: RefragModel, token_ids: torch.Tensor) -> int:
 
 def measure(systems: dict[str, System], workload: Workload, settings: LatencySettings) -> dict[str, Samples]:
     """Rounds of every system on one request, until every ratio is steady; two rounds warm up."""
-    requests = workload.requests(settings)
+    draws = workload.draws(settings)
     order = random.Random(settings.seed + 2)
     samples = {name: Samples() for name in systems}
     for _ in range(2):
-        request = next(requests)
+        draw = next(draws)
         for serve in systems.values():
-            serve(request)
+            serve(draw)
     with _frozen_garbage():
         for number in range(1, settings.max_repeats + 1):
-            request = next(requests)
+            draw = next(draws)
             for name in order.sample(list(systems), len(systems)):
-                _time(systems[name], request, samples[name])
+                _time(systems[name], draw, samples[name])
             logger.info("round %d: %s", number, ", ".join(f"{name} {own.ttft_s[-1]:.4f} s" for name, own in samples.items()))
             if number >= settings.min_repeats and all(ratio["steady"] for ratio in ratios(samples, settings.tolerance).values()):
                 break
     return samples
 
 
-def _time(serve: System, request: Request, samples: Samples) -> None:
+def _time(serve: System, draw: Draw, samples: Samples) -> None:
     _synchronise()
     wall, cpu = time.perf_counter(), time.process_time()
-    answer = serve(request)
+    answer = serve(draw)
     _synchronise()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     samples.ttft_s.append(wall if answer is None else answer.timings["ttft_s"])
@@ -227,7 +233,7 @@ def _time(serve: System, request: Request, samples: Samples) -> None:
 
 
 @contextmanager
-def _frozen_garbage() -> Iterator[None]:
+def _frozen_garbage() -> Generator[None]:
     """What was made before the rounds is not searched for garbage during them; what a request makes is."""
     gc.collect()
     gc.freeze()
@@ -319,7 +325,7 @@ def _portable(settings: LatencySettings) -> dict[str, Any]:
 
 
 @contextmanager
-def _index_folder(settings: LatencySettings) -> Iterator[Path]:
+def _index_folder(settings: LatencySettings) -> Generator[Path]:
     """The folder given, or a temporary one that is removed afterwards."""
     if settings.index is not None:
         yield settings.index

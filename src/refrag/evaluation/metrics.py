@@ -8,11 +8,17 @@ from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CITATIONS = re.compile(r"\[\s*\d+(\s*[,;]\s*\d+)*\s*\]")
 
 
 def normalize(text: str) -> str:
     """Lower case, punctuation deleted, articles and extra white space removed, in SQuAD's order."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def without_citations(text: str) -> str:
+    """The answer without its `[2]`: what is scored when a model cites."""
+    return _CITATIONS.sub("", text).strip()
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

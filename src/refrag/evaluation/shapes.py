@@ -2,6 +2,7 @@
 
 import random
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -70,8 +71,11 @@ def random_refrag(decoder: DecoderShape, encoder: EncoderShape, *, chunk_size: i
 
 
 @torch.no_grad()
-def fill_randomly(auto_class: type, config: LlamaConfig | RobertaConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of a configuration with random matrices (std 0.02), norms of one and biases of zero, in seconds."""
+def fill_randomly(auto_class: Any, config: LlamaConfig | RobertaConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model of a configuration with random matrices (std 0.02), norms of one and biases of zero, in seconds.
+
+    `auto_class`: the transformers Auto class that builds it.
+    """
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype)
     model.to_empty(device=device)

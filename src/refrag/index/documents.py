@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from html.parser import HTMLParser
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..errors import InputError, missing_extra
 
@@ -44,7 +45,7 @@ class Source:
     encoding: str
     on_bad: BadRow
 
-    def open(self) -> TextIO:
+    def open(self) -> TextIOWrapper:
         """The file as text, decompressed where its name ends in .gz; a byte order mark is not text."""
         encoding = "utf-8-sig" if self.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else self.encoding
         opener = gzip.open if self.path.suffix.lower() == ".gz" else open
@@ -95,7 +96,7 @@ def read_text(source: Source) -> Iterator[Document]:
             start += len(block)
 
 
-def _block(file: TextIO) -> str:
+def _block(file: TextIOWrapper) -> str:
     lines, size = [], 0
     for line in iter(lambda: file.readline(BLOCK_CHARACTERS), ""):
         lines.append(line)

@@ -140,8 +140,9 @@ class Splitter:
         return start
 
     def _fitting(self, text: str, spans: list[Span]) -> list[tuple[Span, int]]:
-        """The spans with their token counts, those over the budget halved between words until they fit."""
-        lengths = self._lengths([text[start:end] for start, end in spans])
+        """The spans that hold text with their token counts, those over the budget halved between words until they fit."""
+        spans = [(start, end) for start, end in spans if not text[start:end].isspace()]
+        lengths = self._lengths([text[start:end].strip() for start, end in spans])
         fitting: list[tuple[Span, int]] = []
         for (start, end), length in zip(spans, lengths, strict=True):
             if length <= self.budget or end - start < 2:
@@ -169,8 +170,7 @@ def _passage(document: Document, span: Span, identity: str) -> Passage:
 def _sentences(text: str) -> list[Span]:
     """Spans that cover the text and end after each sentence or paragraph; white space stands at their starts."""
     ends = sorted({match.end() for match in _SENTENCE_END.finditer(text)} | {len(text)})
-    spans = list(zip([0, *ends], ends, strict=False))
-    return [(start, end) for start, end in spans if not text[start:end].isspace()]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _middle(text: str, start: int, end: int) -> int:

@@ -51,6 +51,8 @@ class SentenceEncoder:
         source, target = _locate(name), resolve_device(device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.tokenizer.backend_tokenizer.no_padding()  # some tokenizer files pad and cut every text to 128 tokens
+            self.tokenizer.backend_tokenizer.no_truncation()
             self.model = AutoModel.from_pretrained(source, dtype=fastest_dtype(target)).eval().to(target)
         except (OSError, ValueError, KeyError) as error:
             raise NotFoundError(f"The retriever {name!r} could not be loaded: check the name, or use --retriever {OFFLINE_RETRIEVER}, which needs no network.") from error

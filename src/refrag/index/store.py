@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["dense", "text", "hybrid"]
+MODES = ("dense", "text", "hybrid")
 PASSAGE_COLUMNS = ("id", "title", "text", "metadata")
 BATCH_CHARACTERS = 1_000_000
 """A batch of passages ends at this size even if it holds fewer than `settings.batch_size`: long passages cannot exhaust the memory."""
@@ -212,7 +212,7 @@ class PassageIndex:
         return self.table.count
 
     def search(
-        self, question: str, *, top_k: int = 8, mode: Mode = "dense", where: str | None = None, exact: bool = False
+        self, question: str, *, top_k: int = 8, mode: str = "dense", where: str | None = None, exact: bool = False
     ) -> list[Hit]:
         """The `top_k` best passages: by meaning (`dense`), by words (`text`, BM25), or by both rankings fused (`hybrid`).
 
@@ -220,8 +220,8 @@ class PassageIndex:
         `json_get_string(metadata, 'source') = 'a.txt'`. `exact` compares with every vector, however large the index.
         Raises InputError for another mode, a blank question, `top_k` below 1 and a filter that cannot be read.
         """
-        if mode not in ("dense", "text", "hybrid"):
-            raise InputError(f"mode must be dense, text or hybrid, was {mode!r}.")
+        if mode not in MODES:
+            raise InputError(f"mode must be one of {', '.join(MODES)}, was {mode!r}.")
         if top_k < 1:
             raise InputError(f"top_k must be 1 or more, was {top_k}.")
         if not question.strip():
