@@ -148,3 +148,39 @@ def make_model():
 def tiny_model():
     """A RefragModel (Llama decoder, RoBERTa encoder, chunk_size 4) shared by the whole session: do not change it."""
     return build_model()
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    """Two prompts for `tiny_model` and its like: two passages, and one."""
+    from refrag.text import Passage, PromptBuilder
+
+    harbour = Passage("a", "The harbour of Velmoor was founded in 1742 by the shipwright Anna Torrel.", "Velmoor")
+    lamp = Passage("b", "Its lamp burned for ninety years.")
+    builder = PromptBuilder(tokenizer, chunk_size=4)
+    return [builder.build("Who founded the harbour?", [harbour, lamp]), builder.build("How long did the lamp burn?", [lamp])]
+
+
+def mixed_mask(prompt) -> list[bool]:
+    """Every third chunk expanded."""
+    return [chunk.index % 3 == 0 for chunk in prompt.chunks]
+
+
+def vectors_of(model, prompts) -> torch.Tensor:
+    """The chunk vectors of a batch of prompts."""
+    return model.encode([text for prompt in prompts for text in prompt.chunk_texts()])
+
+
+@torch.no_grad()
+def logits_of(model, prompts, masks, **kwargs):
+    """(layout, logits) of a batch."""
+    from refrag.layout import lay_out
+
+    layout = lay_out(prompts, masks, **kwargs)
+    return layout, model(layout=layout, chunk_embeds=vectors_of(model, prompts)).logits
+
+
+def assert_same(one, other, prompts) -> None:
+    """Two models give the same logits, bit for bit, over mixed inputs."""
+    masks = [mixed_mask(prompt) for prompt in prompts]
+    assert torch.equal(logits_of(one, prompts, masks)[1], logits_of(other, prompts, masks)[1])

@@ -1,5 +1,6 @@
 """encoder.py: pooling by hand, batches equal to plain Hugging Face calls, the projector's scale, devices."""
 
+import copy
 import logging
 import threading
 
@@ -97,6 +98,14 @@ def test_vectors_can_train_what_follows(make_encoder, encoder_tokenizer):
     assert projector.up.weight.grad.abs().sum() > 0 and encoder.embeddings.word_embeddings.weight.grad is None
 
 
+def test_padding_and_truncation_of_the_tokenizer_are_not_ours(encoder_tokenizer):
+    """MiniLM's tokenizer.json pads and cuts every text to 128 tokens."""
+    fixed = copy.deepcopy(encoder_tokenizer)
+    fixed.backend_tokenizer.enable_padding(length=9, pad_id=1, pad_token="<pad>")
+    fixed.backend_tokenizer.enable_truncation(9)
+    assert tokenize_texts(fixed, TEXTS, window=60) == tokenize_texts(encoder_tokenizer, TEXTS, window=60)
+
+
 def test_eight_threads_never_get_a_control_token(encoder_tokenizer):
     found = []
 
@@ -133,8 +142,6 @@ def test_window_leaves_out_the_positions_that_roberta_never_uses(make_encoder, e
 
 
 def test_a_text_without_any_token_still_has_a_vector(make_encoder, encoder_tokenizer):
-    import copy
-
     bare = copy.deepcopy(encoder_tokenizer)
     bare.backend_tokenizer.post_processor = None
     assert tokenize_texts(bare, [""], window=60) == [[1]]

@@ -1,10 +1,13 @@
 """Decoding by itself: text out of token ids, and sampling by noise, against plain Hugging Face where there is an oracle."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import DECODERS, build_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refrag.config import GenerationSettings
 from refrag.engine.decoding import GumbelNoise, TextFeed, decode, end_token_ids
@@ -141,3 +144,24 @@ def test_every_end_token_ends(tokenizer) -> None:
     decoder = build_decoder("llama")
     decoder.generation_config.eos_token_id = [7, 9]
     assert end_token_ids(decoder, tokenizer) == {2, 7, 9}
+
+
+STORIES = Path(__file__).parents[2] / "shared" / "weights" / "stories260K-hf"
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs the shared stories260K checkpoint")
+def test_a_trained_llama_with_a_sentencepiece_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    for text in ("Once upon a time, there was a 東京 girl. “Hi”  !\n\nThe end", " a b", "▁"):
+        feed, pieces = feed_of(tokenizer)
+        for token in ids_of(tokenizer, text):
+            feed.push(token)
+        feed.close()
+        assert feed.text == "".join(pieces) == text.replace("▁", " ").strip()
+    decoder = AutoModelForCausalLM.from_pretrained(STORIES).eval()
+    ids = tokenizer("Once upon a time, Lily", return_tensors="pt")["input_ids"]
+    expected = decoder.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    feed, pieces = feed_of(tokenizer)
+    decode(decoder, mixed(decoder.get_input_embeddings()(ids)), [feed], settings=GenerationSettings(max_new_tokens=40), seeds=[0])
+    assert feed.text == "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert len(feed.text.split()) > 15

@@ -4,9 +4,9 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -20,11 +20,15 @@ import torch
 from conftest import build_encoder, build_model, train_encoder_tokenizer, train_tokenizer
 
 from refrag.config import IndexSettings
-from refrag.errors import InputError, MismatchError, NotFoundError
+from refrag.errors import InputError, MismatchError, NotFoundError, RefragError
 from refrag.index import PassageIndex, store, table
 from refrag.index.manifest import Manifest
 from refrag.index.vectors import pack, row_type, unpack
 from refrag.text import Passage
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["refrag.model", "refrag.index.store", "conftest"])
+"""Real processes that start fast: the imports are done once."""
 
 WORDS = ["harbour", "founded", "town", "coast", "lighthouse", "mill", "lamp", "burned", "people", "north", "ship", "wright", "old", "beside", "ninety", "years", "Velmoor", "Torrel"]
 
@@ -243,7 +247,7 @@ def test_open_or_create(tmp_path, tiny_model, settings):
     first = PassageIndex.open_or_create(tmp_path / "index", tiny_model, settings)
     first.add(make_passages(2))
     assert PassageIndex.open_or_create(tmp_path / "index", tiny_model, settings).count == 2
-    with pytest.raises(MismatchError, match="has storage float16, int8 was given: leave --storage away, or make it anew with --rebuild"):
+    with pytest.raises(MismatchError, match="was made with --storage float16, now it is int8: give the same again, or make it anew with --rebuild"):
         PassageIndex.open_or_create(tmp_path / "index", tiny_model, replace(settings, storage="int8"))
 
 
@@ -320,7 +324,7 @@ def test_verify_names_what_is_wrong(index):
     lance = lancedb.connect(index.path).open_table("passages")
     lance.update(where="id = 'it''s 0 é'", values={"text": "forged"})
     lance.update(where="id = 'it''s 1 é'", values={"num_chunks": 1000})
-    time.sleep(1.1)  # a reader looks for new versions once a second
+    time.sleep(1.1)
     problems = "\n".join(index.verify())
     assert "it's 0 é\" is not the one that was stored" in problems
     assert "it's 1 é\" should hold 1000 chunk vectors" in problems
@@ -331,7 +335,8 @@ def test_optimize_joins_files_and_readers_survive_it(index, tiny_model, monkeypa
     reader = PassageIndex.open(index.path)
     passages = make_passages(64)
     index.add(passages[:32])
-    assert reader.table.rows([passages[0].id], ("id",)).num_rows in (0, 1)
+    time.sleep(1.1)  # a reader looks for new versions once a second
+    assert len(reader.chunk_embeds([passages[0].id])) == 1
     monkeypatch.setattr(table, "KEPT_VERSIONS", timedelta(0))
     index.add(passages[32:])
     assert index.info()["fragments"] <= 2  # of 8 batches: Lance joins files that its indexes cover with others one call later
@@ -362,12 +367,10 @@ def build_slowly(path: str, settings: IndexSettings, started) -> None:
 
 def test_sigkill_at_any_moment(tmp_path, tiny_model, settings):
     """Killed again and again while building: it opens, holds whole passages only, and the same call finishes the rest."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["refrag.model", "refrag.index.store", "conftest"])
     rng, path, counts = random.Random(7), str(tmp_path / "index"), [0]
     for attempt in range(6):
-        started = context.Event()
-        child = context.Process(target=build_slowly, args=(path, settings, started))
+        started = FORKSERVER.Event()
+        child = FORKSERVER.Process(target=build_slowly, args=(path, settings, started))
         child.start()
         if attempt:  # the first one is killed while the table is made
             assert started.wait(60)
@@ -394,27 +397,24 @@ def test_sigkill_at_any_moment(tmp_path, tiny_model, settings):
     assert all(torch.equal(expected[identity], found[identity]) for identity in ids)
 
 
-FULL_DISK = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-sys.path.insert(0, {tests!r})
-from conftest import build_model
-from refrag.errors import RefragError
-from refrag.index import PassageIndex
-from test_index import make_passages
-index = PassageIndex.open({path!r}, model=build_model())
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-try:
-    index.add(make_passages(200))
-except RefragError as error:
-    sys.exit(f"said: {{error}}")
-"""
+def add_with_small_files(path: str, connection) -> None:
+    """Child process: adds passages while no file may grow over 8 KiB, and sends the error's words."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    index = PassageIndex.open(path, model=build_model())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    try:
+        index.add(make_passages(200))
+    except RefragError as error:
+        connection.send(str(error))
 
 
 def test_full_disk_is_one_sentence(index, tiny_model):
     index.add(make_passages(8))
-    script = FULL_DISK.format(tests=str(Path(__file__).parent), path=index.path)
-    source = str(Path(__file__).parent.parent / "src")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": source}, check=False)
-    assert "said: The index at" in done.stderr and "make room and run the same command again" in done.stderr, done.stderr
-    assert index.count >= 8 and PassageIndex.open(index.path, model=tiny_model).verify() == []
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    child = FORKSERVER.Process(target=add_with_small_files, args=(index.path, sender))
+    child.start()
+    assert receiver.poll(60)
+    assert re.fullmatch(r"The index at .* could not be written since .*: what was there before is whole; make room and run the same command again\.", receiver.recv())
+    child.join()
+    assert PassageIndex.open(index.path, model=tiny_model).verify() == []
+    assert index.count >= 8 and index.add(make_passages(200))["unchanged"] >= 8

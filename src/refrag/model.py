@@ -242,8 +242,8 @@ class RefragModel(PreTrainedModel, GenerationMixin):
             if encoder_input_ids is not None:
                 chunk_embeds = encode_batch(self.encoder, encoder_input_ids, encoder_attention_mask, self.config.pooling)
             mixed = self.mix(layout, self._no_chunks() if chunk_embeds is None else chunk_embeds)
-            kwargs |= {"inputs_embeds": mixed.inputs_embeds, "attention_mask": mixed.attention_mask, "position_ids": mixed.position_ids}
-            kwargs["labels"] = mixed.labels if layout.has_labels else None
+            inputs = {"inputs_embeds": mixed.inputs_embeds, "attention_mask": mixed.attention_mask, "position_ids": mixed.position_ids}
+            kwargs = inputs | {"labels": mixed.labels if layout.has_labels else None} | kwargs
         return self.decoder(input_ids=input_ids, **kwargs)
 
     def _no_chunks(self) -> Float[Tensor, "chunk enc"]:
@@ -393,6 +393,7 @@ def _without_pooler(encoder: Any) -> Any:
 
 def _load_part(part: str, source: Any, tokenizer: Any, settings: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(module, tokenizer) of the encoder or decoder; the name and commit it came from are noted in `settings`."""
+    source = str(source) if isinstance(source, os.PathLike) else source
     name = source if isinstance(source, str) else getattr(source, "name_or_path", None)
     if name:
         settings.setdefault(f"{part}_name", name)

@@ -44,7 +44,8 @@ READING = (
     Phase(1080, {1: 0.2, 2: 0.5, 4: 0.3}),
     Phase(1750, {2: 0.3, 4: 0.4, 8: 0.3}),
     Phase(3000, {2: 0.6, 3: 0.4}, rivals=0.8, brief=1.0),
-    Phase(3600, {2: 0.3, 4: 0.5, 8: 0.2}, rivals=0.5, brief=0.5),
+    Phase(3250, {2: 0.2, 3: 0.4, 4: 0.4}, rivals=1.0, brief=1.0),
+    Phase(3700, {2: 0.2, 4: 0.6, 8: 0.2}, rivals=0.6, brief=0.6),
     Phase(10**9, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}, rivals=0.2),
 )
 """As the bundled decoder was trained. The first three phases taught it to match the relation, and it took any entity's
@@ -65,6 +66,8 @@ class Lesson:
     completion: list[int]
     answers: list[int]
     """One entry a token of the completion: 0 for a question's token, n for a token of the n-th answer."""
+    segments: list[int]
+    """One entry a token of prompt (every chunk expanded) and completion: 0 for the context, n for the n-th question and its answer."""
 
 
 def cited(question: Question) -> str:
@@ -87,10 +90,13 @@ class Lessons:
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         asked, answered = [[], *ids[: len(questions) - 1]], ids[len(questions) - 1 :]
         completion, answers = [], []
+        num_asked = len(self.tokenizer(f"Question: {questions[0].text}\nAnswer:", add_special_tokens=False)["input_ids"])
+        segments = [0] * (len(prompt.token_ids()) - num_asked) + [1] * num_asked
         for number, (question_ids, answer_ids) in enumerate(zip(asked, answered, strict=True), start=1):
             completion += [*question_ids, *answer_ids, self.tokenizer.eos_token_id]
             answers += [0] * len(question_ids) + [number] * (len(answer_ids) + 1)
-        return Lesson(prompt, completion, answers)
+            segments += [number] * (len(question_ids) + len(answer_ids) + 1)
+        return Lesson(prompt, completion, answers, segments)
 
 
 def draw_cases(seed: int, step: int, *, phases: Sequence[Phase], batch_passages: int) -> list[Case]:
@@ -124,16 +130,17 @@ class ReadingSteps(Dataset):
         rows = [(lesson.prompt.token_ids(), lesson) for lesson in lessons]
         width = -(-max(len(ids) + len(lesson.completion) for ids, lesson in rows) // ROUND) * ROUND
         input_ids = torch.full((len(rows), width), self.lessons.tokenizer.pad_token_id)
-        labels, answers = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids)
+        labels, answers, segments = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         weights = torch.zeros(input_ids.shape)
         for row, (ids, lesson) in enumerate(rows):
             start, end = len(ids), len(ids) + len(lesson.completion)
             input_ids[row, :end] = torch.tensor(ids + lesson.completion)
             labels[row, :end] = input_ids[row, :end]
             answers[row, start:end] = torch.tensor(lesson.answers)
+            segments[row, :end] = torch.tensor(lesson.segments)
             weights[row, :start] = CONTEXT_WEIGHT
             weights[row, start:end] = (answers[row, start:end] > 0).float()
-        return {"input_ids": input_ids, "labels": labels, "loss_weights": weights, "answers": answers, "name": f"read-{len(cases[0].passages)}"}
+        return {"input_ids": input_ids, "labels": labels, "loss_weights": weights, "answers": answers, "segments": segments, "name": f"read-{len(cases[0].passages)}"}
 
 
 def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[bool]], **targets: Any) -> dict[str, Any]:
@@ -229,10 +236,12 @@ class MixedSteps(Dataset):
         """What the model's forward takes, with labels on the answers."""
         labels = [[token if n else IGNORED for token, n in zip(x.completion, x.answers, strict=True)] for x in lessons]
         batch = layout_batch(self.model, [x.prompt for x in lessons], masks, completions=[x.completion for x in lessons], labels=labels)
-        answers = torch.zeros_like(batch["labels"])
+        answers, segments = torch.zeros_like(batch["labels"]), torch.zeros_like(batch["labels"])
         for row, (lesson, slots) in enumerate(zip(lessons, batch["layout"].num_slots, strict=True)):
             answers[row, slots - len(lesson.completion) : slots] = torch.tensor(lesson.answers)
-        return batch | {"answers": answers}
+            asked = lesson.segments[lesson.segments.index(1) :]
+            segments[row, slots - len(asked) : slots] = torch.tensor(asked)
+        return batch | {"answers": answers, "segments": segments}
 
 
 def answer_chunks(prompt: Prompt, questions: Sequence[Question]) -> list[bool]:

@@ -231,9 +231,7 @@ class Refrag:
         if self.retriever is not None:
             if request.where is not None:
                 raise InputError("The filter `where` belongs to an index, this engine has a retriever: filter in the retriever.")
-            found = [(Passage.from_any(own, number), None) for number, own in enumerate(self.retriever(request.question), 1)][
-                :wanted
-            ]
+            found = [(Passage.from_any(own, number), None) for number, own in enumerate(self.retriever(request.question), 1)][:wanted]
         elif self.index is not None:
             hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where)
             found = [(hit.passage, float(hit.score)) for hit in hits]
@@ -315,13 +313,15 @@ def _never() -> bool:
 
 
 def _open(index: Any, model: RefragModel) -> Any:
-    """An index at a path is opened; either way it must belong to the model."""
+    """An index at a path is opened; either way it must belong to the model. Its retriever is loaded now, not by the first question."""
     from ..index import PassageIndex
 
     if isinstance(index, str | Path):
-        return PassageIndex.open(index, model=model)
-    if index.model is not model:
+        index = PassageIndex.open(index, model=model)
+    elif index.model is not model:
         index.manifest.check_model(model.fingerprint(), index.path)
+    if isinstance(index, PassageIndex):
+        log.debug("the index was embedded by %s", index.retriever.name)
     return index
 
 

@@ -95,7 +95,7 @@ def _check_opcodes(payload: bytes) -> None:
     for position, (opcode, argument, _) in enumerate(pickletools.genops(payload)):
         if not _OPCODES.fullmatch(opcode.name):
             raise pickle.UnpicklingError(f"it uses the opcode {opcode.name}")
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > position:
+        if opcode.name in ("BINPUT", "LONG_BINPUT") and int(argument or 0) > position:
             raise pickle.UnpicklingError("it uses a memo place out of order")
 
 

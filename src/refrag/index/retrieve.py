@@ -50,7 +50,7 @@ class SentenceEncoder:
 
         source, target = _locate(name), resolve_device(device)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
             self.tokenizer.backend_tokenizer.no_padding()  # some tokenizer files pad and cut every text to 128 tokens
             self.tokenizer.backend_tokenizer.no_truncation()
             self.model = AutoModel.from_pretrained(source, dtype=fastest_dtype(target)).eval().to(target)

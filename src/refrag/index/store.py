@@ -113,8 +113,8 @@ class PassageIndex:
         for name in ("retriever", "question_instruction", "storage"):
             given, stored = getattr(settings or index.settings, name), getattr(index.settings, name)
             if given != stored:
-                option = name.replace("_", "-")
-                raise MismatchError(f"The index at {path} has {option} {stored}, {given} was given: leave --{option} away, or make it anew with --rebuild.")
+                option = f"--{name.replace('_', '-')}"
+                raise MismatchError(f"The index at {path} was made with {option} {stored}, now it is {given}: give the same again, or make it anew with --rebuild.")
         return index
 
     @cached_property
@@ -140,10 +140,10 @@ class PassageIndex:
         with ThreadPoolExecutor(1) as writer:
             pending: Future[tuple[int, int]] | None = None
             for batch in _ahead(self._prepared(passages)):
-                rows = self._encoded(batch) if batch.passages else None
+                vectors = self._encoded(batch) if batch.passages else None
                 totals.update(unchanged=batch.unchanged, chunks=len(batch.chunk_texts))
                 _count(totals, pending)
-                pending = writer.submit(self._write, rows) if rows is not None else None
+                pending = writer.submit(self._write, batch, *vectors) if vectors else None
                 if progress:
                     progress(batch.size)
             _count(totals, pending)
@@ -172,31 +172,34 @@ class PassageIndex:
             counts = [len(own.spans) for own in chunked]
             yield _Batch(fresh, [hashes[passage.id] for passage in fresh], texts, counts, len(group), len(group) - len(fresh))
 
-    def _encoded(self, batch: _Batch) -> pa.Table:
-        """The table rows of a batch: the only step that runs networks."""
+    def _encoded(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Chunk vectors [chunk enc] and retrieval vectors [passage width] of a batch: the only step that runs networks."""
         assert self.model is not None
-        embeds = self.model.encode(batch.chunk_texts).cpu().numpy()
-        vectors = self.retriever.encode_passages(batch.passages).astype(np.float16)
-        storage_type = pa.json_(pa.utf8())
+        return self.model.encode(batch.chunk_texts).cpu().numpy(), self.retriever.encode_passages(batch.passages)
+
+    def _write(self, batch: _Batch, embeds: np.ndarray, vectors: np.ndarray) -> tuple[int, int]:
+        counts = self.table.merge(self._rows(batch, embeds, vectors))
+        self._rows_since += len(batch.passages)
+        if self._rows_since >= max(OPTIMIZE_ROWS, self.count - self._rows_since):
+            self.optimize()
+        return counts
+
+    def _rows(self, batch: _Batch, embeds: np.ndarray, vectors: np.ndarray) -> pa.Table:
+        """A batch as rows of the table."""
+        passages = batch.passages
+        metadata = pa.array([_json(passage.metadata) for passage in passages], pa.utf8())
         columns = [
-            pa.array([passage.id for passage in batch.passages], pa.utf8()),
-            pa.array([passage.title for passage in batch.passages], pa.utf8()),
-            pa.array([passage.text for passage in batch.passages], pa.utf8()),
-            pa.array([search_text(passage) for passage in batch.passages], pa.utf8()),
-            pa.ExtensionArray.from_storage(storage_type, pa.array([_json(passage.metadata) for passage in batch.passages], pa.utf8())),
+            pa.array([passage.id for passage in passages], pa.utf8()),
+            pa.array([passage.title for passage in passages], pa.utf8()),
+            pa.array([passage.text for passage in passages], pa.utf8()),
+            pa.array([search_text(passage) for passage in passages], pa.utf8()),
+            pa.ExtensionArray.from_storage(pa.json_(pa.utf8()), metadata),
             pa.array(batch.hashes, pa.utf8()),
-            pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1]),
             pack(embeds, batch.num_chunks, self.settings.storage),
             pa.array(batch.num_chunks, pa.int32()),
         ]
         return pa.table(columns, schema=table_schema(self.manifest, vectors.shape[1]))
-
-    def _write(self, rows: pa.Table) -> tuple[int, int]:
-        counts = self.table.merge(rows)
-        self._rows_since += len(rows)
-        if self._rows_since >= max(OPTIMIZE_ROWS, self.count - self._rows_since):
-            self.optimize()
-        return counts
 
     @cached_property
     def _builder(self) -> PromptBuilder:
@@ -260,11 +263,10 @@ class PassageIndex:
 
     def retrieval_vectors(self) -> tuple[list[str], Float[np.ndarray, "passage width"]]:
         """All ids and their retrieval vectors, float32, in memory: for other retrievers over the same vectors."""
-        width = self.table.schema.field("vector").type.list_size
         batches = list(self.table.scan(("id", "vector")))
         ids = [identity for batch in batches for identity in batch["id"].to_pylist()]
-        vectors = [batch["vector"].flatten().to_numpy().reshape(-1, width) for batch in batches]
-        return ids, np.concatenate([np.empty((0, width), np.float16), *vectors]).astype(np.float32)
+        none = np.empty((0, self.table.schema.field("vector").type.list_size), np.float32)
+        return ids, np.concatenate([none, *(_matrix(batch["vector"]) for batch in batches)])
 
     # ── inspection ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -289,7 +291,7 @@ class PassageIndex:
 
     def _problems(self, rows: pa.Table, passages: list[Passage]) -> Iterator[str]:
         row_bytes = row_type(self.settings.storage, self.manifest.encoder_width).itemsize
-        norms = np.linalg.norm(np.array(rows["vector"].to_pylist(), np.float32), axis=1)
+        norms = np.linalg.norm(_matrix(rows["vector"].combine_chunks()), axis=1)
         chunked = self._builder.chunk_batch([passage.text for passage in passages]) if self.model is not None else None
         for number, passage in enumerate(passages):
             cell, count = rows["chunk_embeds"][number].as_py(), rows["num_chunks"][number].as_py()
@@ -319,6 +321,10 @@ def _json(value: Mapping[str, Any]) -> str:
 
 def _address(path: str | Path) -> str:
     return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
+
+
+def _matrix(vectors: pa.FixedSizeListArray) -> Float[np.ndarray, "passage width"]:
+    return vectors.flatten().to_numpy().reshape(len(vectors), -1).astype(np.float32)
 
 
 def _passages(rows: pa.Table) -> list[Passage]:
@@ -352,10 +358,14 @@ def _groups(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items (never None); the next one is made in a thread while the caller works on this one."""
+
+    def following() -> T | None:
+        return next(items, None)
+
     with ThreadPoolExecutor(1) as maker:
-        future = maker.submit(next, items, None)
+        future = maker.submit(following)
         while (item := future.result()) is not None:
-            future = maker.submit(next, items, None)
+            future = maker.submit(following)
             yield item
 
 

@@ -1,7 +1,7 @@
 """The Lance table of an index: opened, read and written without a word about models."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -84,7 +84,7 @@ class PassageTable:
                     raise
                 raise InputError(f"There is an index at {path} already: open it, or replace it with --rebuild.") from error
             table.create_index("id", config=BTree())
-            table.create_index("search_text", config=FTS())
+            table.create_index("search_text", config=FTS(base_tokenizer="icu"))  # finds words in scripts without spaces too
         return cls(table, path)
 
     @property
@@ -176,7 +176,7 @@ def _connect(path: str) -> Any:
 
 
 @contextmanager
-def plain_errors(path: str) -> Iterator[None]:
+def plain_errors(path: str) -> Generator[None]:
     """A full disk and a forbidden folder become one sentence."""
     try:
         yield

@@ -23,7 +23,7 @@ class MuonAdamW(torch.optim.Optimizer):
         hidden = [p for p in trained if p.ndim == 2 and id(p) not in tables]
         taken = {id(p) for p in hidden}
         rest = [p for p in trained if id(p) not in taken]
-        self._parts = [torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
         if rest:
             self._parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
@@ -35,7 +35,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # ty: ignore[invalid-method-override]
         for part in self._parts:
             part.step()
 

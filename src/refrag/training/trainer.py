@@ -26,11 +26,22 @@ def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> t
     return (losses * weight).sum() / weight.sum().clamp(min=1e-6), predicted.argmax(-1) == labels
 
 
+def apart(segments: Tensor) -> dict[str, Tensor]:
+    """Attention mask and positions with which many questions follow one context without seeing each other.
+
+    `segments` [batch slot]: 0 for the context, n for the n-th question and its answer. Every question stands right behind
+    the context, as it does when it is asked alone. Returns a bool mask [batch 1 slot slot] and positions [batch slot].
+    """
+    same = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+    mask = same.tril()
+    return {"attention_mask": mask[:, None], "position_ids": mask.sum(-1) - 1}
+
+
 class RefragTrainer(Trainer):
     """Trains a `RefragModel` on layouts, or any causal LM on token ids.
 
     A batch is a dict: `labels` and perhaps `loss_weights` [batch slot] (not shifted), `answers` [batch slot] (0: none, n: token of the row's n-th answer),
-    `name` (what the batch is, for the log), and either `input_ids` or what `RefragModel.forward` takes (`layout`, `encoder_input_ids`, …).
+    `segments` [batch slot] (see `apart`), `name` (what the batch is, for the log), and either `input_ids` or what `RefragModel.forward` takes (`layout`, `encoder_input_ids`, …).
     Logs, beside the loss, the share of answers predicted in full: for greedy decoding exactly the exact match.
     """
 
@@ -43,12 +54,15 @@ class RefragTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and self.optimizer_name == "muon":
+            assert self.model is not None
             self.optimizer = MuonAdamW(self.model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         batch = dict(inputs)
-        labels, weights, answers, name = (batch.pop(key, None) for key in ("labels", "loss_weights", "answers", "name"))
+        labels, weights, answers, name, segments = (batch.pop(key, None) for key in ("labels", "loss_weights", "answers", "name", "segments"))
+        if segments is not None:
+            batch |= {"labels": None, **apart(segments)}
         outputs = model(**batch)
         loss, correct = next_token_loss(outputs.logits, labels, weights)
         if not torch.isfinite(loss):

@@ -1,0 +1,178 @@
+"""The loss, the optimizer and the trainer: worked by hand, exact on resume, never silent."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from refrag.errors import InputError
+from refrag.training.optimizer import MuonAdamW
+from refrag.training.policy import PolicyWithGold, gold_loss, gold_recall
+from refrag.training.trainer import NonFiniteLossError, RefragTrainer, apart, next_token_loss
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+
+
+def test_next_token_loss_by_hand():
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 0, 2] = 100.0  # sure of token 2, which comes next
+    labels = torch.tensor([[1, 2, 3]])
+    loss, correct = next_token_loss(logits, labels, None)
+    assert loss.item() == pytest.approx(math.log(4) / 2) and correct.tolist() == [[True, False]]
+    loss, _ = next_token_loss(logits, labels, torch.tensor([[1.0, 1.0, 0.0]]))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    loss, _ = next_token_loss(logits, torch.tensor([[1, 2, -100]]), None)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_questions_stand_behind_the_context_and_do_not_see_each_other():
+    out = apart(torch.tensor([[0, 0, 1, 1, 2, 2]]))
+    assert out["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
+    assert out["attention_mask"][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+
+
+def test_many_questions_in_one_row_give_the_logits_of_each_alone(make_decoder):
+    decoder = make_decoder("llama")
+    context, first, second = [5, 6, 7, 8], [9, 10, 11], [12, 13]
+    row = torch.tensor([context + first + second])
+    together = decoder(input_ids=row, **apart(torch.tensor([[0] * 4 + [1] * 3 + [2] * 2]))).logits[0]
+    alone = decoder(input_ids=torch.tensor([context + second])).logits[0]
+    torch.testing.assert_close(together[7:], alone[4:], atol=1e-5, rtol=1e-5)
+
+
+@needs_muon
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    model = nn.ModuleDict({"table": nn.Embedding(7, 4), "linear": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    optimizer = MuonAdamW(model, lr=0.1)
+    muon, adamw = optimizer.param_groups
+    assert [p.shape for p in muon["params"]] == [(4, 4)] and len(adamw["params"]) == 4
+
+
+@needs_muon
+def test_the_optimizers_state_survives_a_round_trip():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def step(net, optimizer, seed):
+        torch.manual_seed(seed)
+        net(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first, second = model(), model()
+    a, b = MuonAdamW(first, lr=0.1), MuonAdamW(second, lr=0.1)
+    for seed in range(3):
+        step(first, a, seed)
+    for seed in range(2):
+        step(second, b, seed)
+    third = model()
+    third.load_state_dict(second.state_dict())
+    c = MuonAdamW(third, lr=0.1)
+    c.load_state_dict(b.state_dict())
+    step(third, c, 2)
+    for left, right in zip(first.parameters(), third.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+class Rows(Dataset):
+    """Item i is the batch of step i."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, step):
+        ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(step))
+        answers = torch.zeros_like(ids)
+        answers[:, 8:10], answers[:, 10:] = 1, 2
+        return {"input_ids": ids, "labels": ids, "answers": answers, "name": "rows"}
+
+
+class InOrder(RefragTrainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return None
+
+
+def trainer(folder, make_decoder, *, steps, total=None, decoder=None, **kwargs):
+    settings = {"per_device_train_batch_size": 1, "learning_rate": 1e-2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "logging_nan_inf_filter": False,
+                "remove_unused_columns": False, "save_steps": 2, "lr_scheduler_type": "constant"}  # fmt: skip
+    args = TrainingArguments(output_dir=str(folder), max_steps=steps, **settings)
+    return InOrder(model=decoder or make_decoder("llama", vocab_size=60), args=args, train_dataset=Rows(total or steps), data_collator=lambda items: items[0], **kwargs)
+
+
+@needs_muon
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, make_decoder):
+    whole = trainer(tmp_path / "whole", make_decoder, steps=4, optimizer_name="muon")
+    whole.train()
+    trainer(tmp_path / "parts", make_decoder, steps=2, total=4, optimizer_name="muon").train()
+    rest = trainer(tmp_path / "parts", make_decoder, steps=4, optimizer_name="muon")
+    rest.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    for left, right in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_the_log_holds_the_loss_and_the_share_of_whole_answers(tmp_path, make_decoder):
+    run = trainer(tmp_path, make_decoder, steps=3)
+    run.train()
+    row = next(row for row in run.state.log_history if "rows/loss" in row)
+    assert row["rows/loss"] > 0 and 0 <= row["rows/exact_match"] <= 1
+
+
+def test_whole_answers_are_counted_not_tokens(tmp_path, make_decoder):
+    run = trainer(tmp_path, make_decoder, steps=1)
+    answers = torch.tensor([[0, 1, 1, 2, 2], [0, 1, 1, 0, 0]])
+    correct = torch.tensor([[True, True, True, False], [True, False, True, True]])
+    run._tally("x", torch.tensor(0.0), correct, answers)
+    assert run._tallies["x"][2:] == [1.0, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, make_decoder):
+    decoder = make_decoder("llama", vocab_size=60)
+    with torch.no_grad():
+        decoder.get_input_embeddings().weight.fill_(float("nan"))
+    run = trainer(tmp_path, make_decoder, steps=2, decoder=decoder)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 0 on batch 'rows'.*learning rate"):
+        run.train()
+
+
+def test_an_unknown_optimizer_is_refused(tmp_path, make_decoder):
+    with pytest.raises(InputError, match="adamw or muon, was 'sgd'"):
+        trainer(tmp_path, make_decoder, steps=1, optimizer_name="sgd")
+
+
+def test_gold_loss_and_recall_by_hand():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -50.0]])
+    gold = torch.tensor([[False, True, False, False]])
+    total = math.log(math.exp(2) + math.exp(1) + 1)
+    assert gold_loss(logits, gold).item() == pytest.approx(total - 1)
+    assert gold_recall(logits, gold, 1) == 0.0 and gold_recall(logits, gold, 2) == 1.0
+
+
+def test_the_policy_learns_which_chunk_resembles_the_question():
+    from refrag.policy import TransformerPolicy
+
+    torch.manual_seed(0)
+    module = PolicyWithGold(TransformerPolicy(16, 32, question_aware=True))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    for _ in range(250):
+        chunks, gold = torch.randn(32, 6, 16), torch.randint(6, (32,))
+        question = chunks[torch.arange(32), gold] + 0.1 * torch.randn(32, 16)
+        marked = nn.functional.one_hot(gold, 6).bool()
+        out = module(chunks, torch.ones(32, 6, dtype=torch.bool), question, torch.zeros(32, 6, dtype=torch.long), marked)
+        out["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert gold_recall(out["logits"], marked, 1) > 0.6
