@@ -8,7 +8,17 @@ import torch
 
 from refrag.demo.almanac import make_case
 from refrag.demo.guidance import Guide
-from refrag.demo.lessons import CONTEXT_WEIGHT, IGNORED, Lessons, MixedSteps, PolicySteps, ReadingSteps, ReconstructionSteps, answer_chunks, cited
+from refrag.demo.lessons import (
+    CONTEXT_WEIGHT,
+    IGNORED,
+    Lessons,
+    MixedSteps,
+    PolicySteps,
+    ReadingSteps,
+    ReconstructionSteps,
+    answer_chunks,
+    cited,
+)
 from refrag.demo.tokenizer import train_tokenizers
 from refrag.demo.train import decoder_config, encoder_config, slot_ids
 

@@ -52,8 +52,8 @@ READING = (
 answer; passages that differ in nothing but the name taught it the name."""
 
 MIXED = (
-    Phase(300, {2: 0.5, 4: 0.5}, rivals=0.3, brief=0.3),
-    Phase(800, {2: 0.3, 4: 0.4, 8: 0.3}, rivals=0.3),
+    Phase(200, {2: 0.5, 4: 0.5}, rivals=0.3, brief=0.3),
+    Phase(600, {2: 0.2, 4: 0.5, 8: 0.3}, rivals=0.3),
     Phase(10**9, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}, rivals=0.2),
 )
 
@@ -206,7 +206,7 @@ class MixedSteps(Dataset):
     batch is a reconstruction, which keeps the vectors faithful now that the decoder moves too.
     """
 
-    def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 1, batch_passages: int = 32, full: float = 0.15) -> None:
+    def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 1, batch_passages: int = 32, full: float = 0.25) -> None:
         self.model, self.num_steps, self.seed, self.batch_passages, self.full = model, num_steps, seed, batch_passages, full
         self.lessons = Lessons(model.tokenizer, model.config.chunk_size)
         self.reconstruction = ReconstructionSteps(model, num_steps=num_steps, seed=seed)
@@ -219,7 +219,7 @@ class MixedSteps(Dataset):
             return self.reconstruction[step]
         cases = draw_cases(self.seed, step, phases=MIXED, batch_passages=self.batch_passages)
         rng = random.Random(f"mixed-{self.seed}-{step}")
-        how = rng.choices(("full", "none", "some", "gold"), weights=(self.full, 0.35, 0.2, 0.3))[0]
+        how = rng.choices(("full", "none", "some", "gold"), weights=(self.full, 0.3, 0.15, 0.3))[0]
         lessons = [self.lessons.lesson(case) for case in cases]
         masks = [self._expand(rng, how, lesson.prompt, case) for lesson, case in zip(lessons, cases, strict=True)]
         return self.batch(lessons, masks) | {"name": f"{how}-{len(cases[0].passages)}"}

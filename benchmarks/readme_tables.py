@@ -1,0 +1,72 @@
+"""Writes README's tables from the files under results/:  python benchmarks/readme_tables.py  (with --check: only compares)."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def demo() -> list[str]:
+    """Exact match of every system on the almanac."""
+    content = json.loads((ROOT / "results" / "almanac.json").read_text())
+    splits = content["splits"]
+    lines = ["| system | exact match (95 %) | unseen sentence forms | slots | measured rate |", "|---|---|---|---|---|"]
+    for name, row in splits["held-out"].items():
+        low, high = row["interval"]
+        other = splits["held-out-forms"][name]["exact_match"]
+        lines.append(f"| {name} | {row['exact_match']:.3f} ({low:.3f}–{high:.3f}) | {other:.3f} | {row['prompt_slots']:.0f} | {row['compression_rate']:.1f} |")
+    return [*lines, "", f"`{content['provenance']['command']}` → `results/almanac.json`; answers by kind of question are in the file."]
+
+
+def latency() -> list[str]:
+    """Time to first token from stored vectors against the bare decoder and plain RAG."""
+    from refrag.evaluation.latency import summary
+
+    path = ROOT / "results" / "latency-llama-3.2-1b.json"
+    content = json.loads(path.read_text())
+    return ["```", *str(summary(content)).rstrip().splitlines(), "```", "", f"`{content['provenance']['command']}` → `results/{path.name}`"]
+
+
+def index() -> list[str]:
+    """Recall of the gold paragraph on SQuAD."""
+    content = json.loads((ROOT / "results" / "squad_recall.json").read_text())
+    lines = ["| SQuAD dev, retrieval | recall@1 | recall@8 | MRR |", "|---|---|---|---|"]
+    for mode, row in content["modes"].items():
+        lines.append(f"| {mode} | {row['recall@1']:.3f} | {row['recall@8']:.3f} | {row['mrr']:.3f} |")
+    return [*lines, "", f"`{content['provenance']['command']}` → `results/squad_recall.json`"]
+
+
+TABLES = {"demo": demo, "latency": latency, "index": index}
+
+
+def written(readme: str) -> str:
+    """README with every table made anew; one whose results file is missing says so."""
+    for name, make in TABLES.items():
+        try:
+            lines = make()
+        except FileNotFoundError as error:
+            lines = [f"*not measured yet ({Path(str(error.filename)).name})*"]
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- /table -->)", re.DOTALL)
+        readme = pattern.sub(lambda found, lines=lines: found[1] + "\n".join(lines) + "\n" + found[2], readme)
+    return readme
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = written(old)
+    if not parser.parse_args().check:
+        path.write_text(new, encoding="utf-8")
+    elif new != old:
+        print("README's tables differ from results/: run  python benchmarks/readme_tables.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
