@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refrag.demo.almanac import make_case
-from refrag.demo.guidance import Guide
+from refrag.demo.guidance import CITE_LAYER, READ_LAYER, Guide
 from refrag.demo.lessons import (
     CONTEXT_WEIGHT,
     IGNORED,
@@ -18,6 +18,7 @@ from refrag.demo.lessons import (
     ReconstructionSteps,
     answer_chunks,
     cited,
+    held_by,
 )
 from refrag.demo.tokenizer import train_tokenizers
 from refrag.demo.train import decoder_config, encoder_config, slot_ids
@@ -116,11 +117,30 @@ def test_guidance_points_at_the_header_of_the_passage_cited(parts, model):
     labels[0, start:] = torch.tensor([token if n else IGNORED for token, n in zip(lesson.completion, lesson.answers, strict=True)])
     guide = Guide(tokenizer, model.decoder)
     guide.set(ids, labels, torch.tensor([lesson.segments]))
-    _, slots, targets = guide.plan
+    _, slots, targets = guide.plan[CITE_LAYER]
     assert len(slots) == len(case.questions)
     for target, question in zip(targets, case.questions, strict=True):
         number = question.gold[0]
         assert tokenizer.decode(ids[0][target]) == f"[{number + 1}] {case.passages[number].title}\n"
+
+
+def test_guidance_points_at_the_vectors_that_hold_the_answer(parts, model):
+    tokenizer, _ = parts
+    data = MixedSteps(model, num_steps=10)
+    case = make_case(4, num_passages=2)
+    lesson = data.lessons.lesson(case)
+    batch = data.batch([lesson], [[False] * len(lesson.prompt.chunks)])
+    held = held_by(batch["layout"], [lesson], [case])
+    guide = Guide(tokenizer, model.decoder)
+    guide.set(slot_ids(batch), batch["labels"], batch["segments"], held)
+    rows, slots, targets = guide.plan[READ_LAYER]
+    texts, table = lesson.prompt.chunk_texts(), len(batch["layout"].token_ids)
+    answers = {question.answer for question in case.questions}
+    for slot, target in zip(slots, targets, strict=True):
+        chunks = batch["layout"].source[0][target] - table
+        assert any(answer in "".join(texts[chunk] for chunk in chunks) for answer in answers)
+        assert tokenizer.decode(slot_ids(batch)[0][slot]).startswith("[")
+    assert len(rows) == len(case.questions)
 
 
 @has_weights

@@ -1,8 +1,9 @@
-"""Attention guidance for the bundled decoder: a pair of heads is shown which passage's header a citation is about.
+"""Attention guidance for the bundled decoder: two pairs of heads are shown where to look.
 
-Tiny decoders find out very late that the name in a question stands for the passage with that title. So while the bundled
-decoder is trained, the first heads of one layer are rewarded for looking, from the slot before a citation, at the header
-(`[2] Title`) of the passage that is cited. The loss is the negative log of that attention; the model's computation is unchanged.
+Tiny decoders find out very late that the name in a question stands for the passage with that title, and which vector holds an
+answer. So while the bundled decoder is trained, the first heads of `CITE_LAYER` are rewarded for looking, from the slot before
+a citation, at the header (`[2] Title`) of the passage cited, and those of `READ_LAYER`, from the slot before the answer's
+words, at the compressed chunks that hold them. The loss is the negative log of that attention; what the model computes is unchanged.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-LAYER, HEADS = 3, 2
+CITE_LAYER, READ_LAYER, HEADS = 3, 4, 2
 NAME = "sdpa_guided"
 _HIDDEN = -1e4
 
@@ -26,19 +27,30 @@ class Guide:
             assert len(ids) == 1, "the almanac's tokenizer keeps [1] to [8] whole"
             self.number_of[ids[0]] = number
         self.newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-        self.plan: tuple[Tensor, Tensor, Tensor] | None = None
-        self.loss: Tensor | None = None
-        for layer in (m for m in model.modules() if type(m).__name__ == "LlamaAttention" and m.layer_idx == LAYER):
+        self.plan: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.losses: dict[int, Tensor] = {}
+        for layer in (m for m in model.modules() if type(m).__name__ == "LlamaAttention"):
             layer.guide = self
         model.set_attn_implementation(NAME)
 
-    def set(self, slot_ids: Tensor, labels: Tensor, segments: Tensor) -> None:
-        """`slot_ids` [batch slot] (-1 for a vector or padding), `labels` and `segments` as the trainer has them."""
+    def set(self, slot_ids: Tensor, labels: Tensor, segments: Tensor, held: Tensor | None = None) -> None:
+        """`slot_ids` [batch slot] (-1 for a vector or padding), `labels` and `segments` as the trainer has them.
+
+        `held` [pair 3]: row, number of a question, slot of a compressed chunk that holds its answer.
+        """
         headers = self._headers(torch.where(segments == 0, slot_ids, -1))
         cited = torch.where((labels > 0) & (segments > 0), self.number_of[labels.clamp(min=0)], 0)
         batch, slot = cited[:, 1:].nonzero(as_tuple=True)  # the slot before each citation
-        self.plan = (batch, slot, headers[batch] == cited[batch, slot + 1][:, None]) if len(batch) else None
-        self.loss = None
+        self.losses = {}
+        self.plan = {CITE_LAYER: (batch, slot, headers[batch] == cited[batch, slot + 1][:, None])} if len(batch) else {}
+        if held is not None and len(held):
+            words = (labels > 0) & (segments > 0) & (cited == 0)
+            starts = {(row, number): words[row].logical_and(segments[row] == number).long().argmax() - 1 for row, number in {tuple(pair[:2]) for pair in held.tolist()}}
+            rows = {key: place for place, key in enumerate(starts)}
+            targets = torch.zeros(len(rows), labels.shape[1], dtype=torch.bool)
+            for row, number, slot_of_chunk in held.tolist():
+                targets[rows[row, number], slot_of_chunk] = True
+            self.plan[READ_LAYER] = (torch.tensor([row for row, _ in starts]), torch.stack(list(starts.values())), targets)
 
     def _headers(self, slot_ids: Tensor) -> Tensor:
         """The number of the passage whose header a slot belongs to, 0 elsewhere."""
@@ -50,19 +62,18 @@ class Guide:
             current = torch.where(slot_ids[:, slot] == self.newline, 0, current)
         return headers
 
-    def watch(self, query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> None:
+    def watch(self, layer: int, query: Tensor, key: Tensor, *, mask: Tensor, scaling: float) -> None:
         """Compare the first heads' attention with the plan; query and key [batch head slot dim], rotated."""
-        assert self.plan is not None
-        (batch, slot, targets), self.plan = self.plan, None
+        batch, slot, targets = self.plan.pop(layer)
         scores = torch.einsum("rhd,rtd->rht", query[batch, :HEADS, slot].float(), key[batch, 0].float()) * scaling
         attention = scores.masked_fill(~mask[batch, 0, slot][:, None], _HIDDEN).log_softmax(-1)
-        self.loss = -attention.masked_fill(~targets[:, None], _HIDDEN).logsumexp(-1).mean()
+        self.losses[layer] = -attention.masked_fill(~targets[:, None], _HIDDEN).logsumexp(-1).mean()
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     guide = getattr(module, "guide", None)
-    if guide is not None and attention_mask is not None and torch.is_grad_enabled() and guide.plan is not None:
-        guide.watch(query, key, attention_mask, module.scaling)
+    if guide is not None and attention_mask is not None and torch.is_grad_enabled() and module.layer_idx in guide.plan:
+        guide.watch(module.layer_idx, query, key, mask=attention_mask, scaling=module.scaling)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..encoder import encoder_inputs
-from ..layout import IGNORED, PADDING, lay_out
+from ..layout import IGNORED, PADDING, Layout, lay_out
 from ..model import RefragModel
 from ..text import Chunk, Passage, Prompt, PromptBuilder
 from .almanac import Case, Kind, Question, make_case
@@ -222,7 +222,8 @@ class MixedSteps(Dataset):
         how = rng.choices(("full", "none", "some", "gold"), weights=(self.full, 0.3, 0.15, 0.3))[0]
         lessons = [self.lessons.lesson(case) for case in cases]
         masks = [self._expand(rng, how, lesson.prompt, case) for lesson, case in zip(lessons, cases, strict=True)]
-        return self.batch(lessons, masks) | {"name": f"{how}-{len(cases[0].passages)}"}
+        batch = self.batch(lessons, masks)
+        return batch | {"held": held_by(batch["layout"], lessons, cases), "name": f"{how}-{len(cases[0].passages)}"}
 
     def _expand(self, rng: random.Random, how: str, prompt: Prompt, case: Case) -> list[bool]:
         share = {"full": 1.0, "none": 0.0}.get(how, rng.choice((0.05, 0.1, 0.2)))
@@ -242,6 +243,18 @@ class MixedSteps(Dataset):
             asked = lesson.segments[lesson.segments.index(1) :]
             segments[row, slots - len(asked) : slots] = torch.tensor(asked)
         return batch | {"answers": answers, "segments": segments}
+
+
+def held_by(layout: Layout, lessons: list[Lesson], cases: list[Case]) -> torch.Tensor:
+    """[pair 3]: row, number of a question, slot of a compressed chunk that holds (part of) its answer."""
+    pairs, offset = [], len(layout.token_ids)
+    for row, (lesson, case) in enumerate(zip(lessons, cases, strict=True)):
+        slot_of = {source - offset: slot for slot, source in enumerate(layout.source[row].tolist()) if source >= offset}
+        first = sum(len(other.prompt.chunks) for other in lessons[:row])
+        for number in range(1, max(lesson.segments) + 1):
+            marked = answer_chunks(lesson.prompt, [case.questions[number - 1]])
+            pairs += [(row, number, slot_of[first + at]) for at, held in enumerate(marked) if held and first + at in slot_of]
+    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
 
 
 def answer_chunks(prompt: Prompt, questions: Sequence[Question]) -> list[bool]:

@@ -24,7 +24,7 @@ from ..errors import NotFoundError
 from ..model import RefragModel
 from ..training.policy import PolicyWithGold
 from ..training.trainer import RefragTrainer
-from .guidance import Guide
+from .guidance import CITE_LAYER, Guide
 from .lessons import Lessons, MixedSteps, PolicySteps, ReadingSteps, ReconstructionSteps
 from .run import POLICY_FRACTION
 from .tokenizer import train_tokenizers
@@ -48,11 +48,12 @@ class AlmanacTrainer(RefragTrainer):
         """The answers' loss, and a share of the attention's."""
         if self.guide is None or "segments" not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self.guide.set(slot_ids(inputs), inputs["labels"], inputs["segments"])
+        inputs = dict(inputs)
+        self.guide.set(slot_ids(inputs), inputs["labels"], inputs["segments"], inputs.pop("held", None))
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.guide.loss is not None:
-            self._tally("guide", self.guide.loss, torch.zeros(0), None)
-            loss = loss + GUIDANCE * self.guide.loss
+        for layer, guidance in self.guide.losses.items():
+            self._tally("guide-cite" if layer == CITE_LAYER else "guide-read", guidance, torch.zeros(0), None)
+            loss = loss + GUIDANCE * guidance
         return loss
 
 

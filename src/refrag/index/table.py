@@ -19,7 +19,7 @@ APPROXIMATE_FROM = 50_000
 """Passages from which on dense search uses an approximate (IVF) index."""
 NUM_PROBES = 32
 """Partitions that an approximate search reads, of about the square root of the number of passages."""
-KEPT_VERSIONS = timedelta(hours=1)
+KEPT_VERSIONS = timedelta(milliseconds=1)
 """Age from which on `optimize` deletes versions that nobody can need any more."""
 
 T = TypeVar("T")
