@@ -73,8 +73,9 @@ def test_distractors_compete():
         entity = case.passages[gold].title
         same_relation = {at for (other, name), at in facts.items() if name == relation and other != entity}
         assert len(same_relation) >= 3, "at least three other passages state the same relation of another entity"
-        asked_about = case.passages[question.gold[0]].title
-        assert any(other == asked_about and at not in question.gold for (other, _), at in facts.items())
+        for needed in question.gold:  # of every entity on the way another passage states another relation
+            subject = case.passages[needed].title
+            assert any(other == subject and at not in question.gold for (other, _), at in facts.items())
 
 
 def test_a_two_hop_question_needs_both_passages():
@@ -93,7 +94,13 @@ def test_training_never_shows_the_held_out_forms():
         for relation in relations.values():
             for shown, options in ((text, relation.statements), (asked, relation.questions)):
                 for form in options[-forms.NUM_HELD_OUT_FORMS :]:
-                    assert not re.search(re.escape(form).replace(r"\{s\}", r"\w+").replace(r"\{a\}", r"\w+"), shown), form
+                    assert not matches(form, shown), form
+    for *_, questions in forms.TWO_HOP:
+        assert matches(questions[0], asked) and not matches(questions[-1], asked)
+
+
+def matches(form, text):
+    return re.search(re.escape(form).replace(r"\{s\}", r"\w+").replace(r"\{a\}", r"\w+"), text)
 
 
 def test_rivals_differ_only_by_name():

@@ -100,8 +100,8 @@ class _Writer:
             return self.rng.choice(forms.WORDS[what])
         return self.name(what)
 
-    def form(self, options: tuple[str, ...]) -> str:
-        cut = len(options) - forms.NUM_HELD_OUT_FORMS
+    def form(self, options: tuple[str, ...], *, held_out: int = forms.NUM_HELD_OUT_FORMS) -> str:
+        cut = len(options) - held_out
         return self.rng.choice(options[cut:] if self.held_out_forms else options[:cut])
 
     def facts(self, kind: str) -> dict[str, str]:
@@ -172,14 +172,14 @@ def _two_hop_case(writer: _Writer, num_passages: int) -> tuple[list[_Draft], lis
     gold_first = next(draft for draft in start if first in draft.facts)
     bridge = writer.drafts(bridge_kind, subject=gold_first.facts[first])
     gold_second = next(draft for draft in bridge if second in draft.facts)
-    drafts = [gold_first, gold_second, next(draft for draft in start if draft is not gold_first)]
+    drafts = [gold_first, gold_second, *(draft for draft in (*start, *bridge) if draft is not gold_first and draft is not gold_second)]
     while len(drafts) < num_passages:
-        rival_kind, relation = (kind, first) if len(drafts) % 3 == 2 else (bridge_kind, second)
+        rival_kind, relation = (kind, first) if len(drafts) % 4 == 1 else (bridge_kind, second)
         drafts.append(next(draft for draft in writer.drafts(rival_kind) if relation in draft.facts))
     drafts = drafts[:num_passages]
     writer.rng.shuffle(drafts)
     where = tuple(next(i for i, draft in enumerate(drafts) if draft is gold) for gold in (gold_first, gold_second))
-    text = writer.rng.choice(question_forms).replace("{s}", gold_first.subject)
+    text = writer.form(question_forms, held_out=1).replace("{s}", gold_first.subject)
     question = Question(text, gold_second.facts[second], "two-hop", f"{first}.{second}", where, gold_second.spans[second])
     return drafts, [question, *_questions(writer, drafts, [])]
 

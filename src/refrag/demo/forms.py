@@ -170,13 +170,16 @@ RELATIONS: dict[str, dict[str, Relation]] = {
 }
 
 TWO_HOP: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
-    ("ship", "captain", "person", "birthplace", ("Where was the captain of the {s} born?", "In which town was the captain of the {s} born?", "What is the birthplace of the captain of the {s}?")),
-    ("ship", "captain", "person", "instrument", ("Which instrument did the captain of the {s} play?", "What was the favourite instrument of the captain of the {s}?")),
-    ("company", "founder", "person", "born", ("In what year was the founder of {s} born?", "When was the founder of {s} born?")),
-    ("company", "founder", "person", "profession", ("What was the profession of the founder of {s}?", "What did the founder of {s} work as?")),
-    ("town", "mayor", "person", "teacher", ("Who taught the mayor of {s}?", "Who was the teacher of the mayor of {s}?")),
-)
-"""(kind, first relation, kind of the bridge, second relation, questions)."""
+    ("ship", "captain", "person", "birthplace",
+     ("Where was the captain of the {s} born?", "In which town was the captain of the {s} born?", "What is the birthplace of the captain of the {s}?",
+      "Which place does the master of the {s} come from?")),
+    ("ship", "captain", "person", "instrument",
+     ("Which instrument did the captain of the {s} play?", "What was the favourite instrument of the captain of the {s}?", "On what did friends hear the master of the {s}?")),
+    ("company", "founder", "person", "born", ("In what year was the founder of {s} born?", "When was the founder of {s} born?", "When did life begin for the one who set up {s}?")),
+    ("company", "founder", "person", "profession", ("What was the profession of the founder of {s}?", "What did the founder of {s} work as?", "Which job did the one who set up {s} do?")),
+    ("town", "mayor", "person", "teacher", ("Who taught the mayor of {s}?", "Who was the teacher of the mayor of {s}?", "At whose feet did the mayor of {s} sit?")),
+)  # fmt: skip
+"""(kind, first relation, kind of the bridge, second relation, questions); the last question is held out."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "craft": ("pottery", "weaving", "glass", "fishing", "brewing", "mining", "printing", "tanning", "farming", "carving", "dyeing", "quarrying", "hunting", "milling", "baking", "forestry",

@@ -104,9 +104,9 @@ def mixed(args: argparse.Namespace) -> None:
 def policy(args: argparse.Namespace) -> None:
     """The policy learns from marked evidence to rank chunks for a question; encoder and decoder stay as they are."""
     model = RefragModel.from_pretrained(args.output_dir / "mixed").eval()
-    data = PolicySteps(model, num_steps=args.num_steps)
-    settings = training_arguments(args.output_dir / "policy", args)
-    Trainer(model=PolicyWithGold(policy_of(model)), args=settings, train_dataset=data, data_collator=first).train()
+    data, folder = PolicySteps(model, num_steps=args.num_steps, seed=args.seed + 3), args.output_dir / "policy"
+    trainer = Trainer(model=PolicyWithGold(policy_of(model)), args=training_arguments(folder, args), train_dataset=data, data_collator=first)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     model.config.policy["trained"] = True
     model.save_pretrained(args.output_dir / "policy" / "model")
 
