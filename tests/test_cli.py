@@ -287,6 +287,19 @@ def test_unknown_words_exit_with_2_and_the_nearest_name(arguments: list[str], ne
     assert nearest in said.err
 
 
+def test_the_demo_takes_a_model_and_its_table_fits_80_columns(make_encoder, make_decoder, tiny_model, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    tokenizers = {"encoder_tokenizer": tiny_model.encoder_tokenizer, "decoder_tokenizer": tiny_model.tokenizer}
+    decoder = make_decoder("llama", max_position_embeddings=8192)
+    type(tiny_model).from_parts(make_encoder("roberta"), decoder, chunk_size=4, **tokenizers).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert main(["demo", "--model", str(tmp_path / "model"), "--num-questions", "1", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "all expanded (plain RAG)" in said.out and "TTFT ms" in said.out and "…" not in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     "command", [[], ["ask"], ["index"], ["index", "build"], ["index", "import-prototype"], ["demo"], ["info"], ["bench"]]
 )
@@ -332,11 +345,21 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
             "This model has no trained policy: choose --policy similarity, or train one.",
         ),
         (["ask", "  ", "--index", INDEX, "--model", MODEL], "The question must hold some text, was empty: write it between quotes."),
-        (["ask", "why " * 200, "--passages", CORPUS, "--model", MODEL], "more than the encoder's window of 60: shorten it"),
+        (["ask", "why " * 60, "--passages", CORPUS, "--model", MODEL], "more than the encoder's window of 60: shorten it"),
         (
             ["ask", QUESTION, "--passages", CORPUS, "--model", MODEL, "--max-new-tokens", "510"],
-            "more than the decoder's 512 positions: lower --top-k",
+            "more than the decoder's 512 positions: pass fewer passages or lower --max-new-tokens.",
         ),
+        (["ask", QUESTION, "--index", INDEX, "--top-k", "0", "--model", "./never-looked-at"], "top_k must be 1 or more, was 0"),
+        (["ask", " ", "--index", INDEX, "--model", "./never-looked-at"], "The question must hold some text"),
+        (["ask", QUESTION, "--index", MISSING, "--model", "./never-looked-at"], "There is no index at missing"),
+        (["ask", "a\udc80b", "--index", INDEX, "--model", MODEL], "The question must be valid Unicode"),
+        (["ask", QUESTION, "--index", INDEX, "--repetition-penalty", "0"], "repetition_penalty must lie above 0"),
+        (["ask", QUESTION, "--index", INDEX, "--temperature", "nan"], "temperature must be 0 or more, and finite, was nan"),
+        (["ask", QUESTION, "--index", INDEX, "--seed", str(2**70)], "seed must be at most"),
+        (["ask", QUESTION, "--index", INDEX, "--sample-top-k", "-1"], "top_k must be 0 or more, was -1"),
+        (["demo", "--num-questions", "0"], "num_questions must be 1 or more, was 0."),
+        (["demo", "--model", MISSING], "There is no model folder at ./missing: check --model."),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--top-k", "0"], "top_k must be 1 or more, was 0"),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--where", "colour = 1"], "The filter 'colour = 1' cannot be used"),
         (["index", "build", "--index", "x"], "Nothing was named to read: give files or folders before --index."),

@@ -3,11 +3,20 @@
 from pathlib import Path
 from typing import Any, get_args
 
+import jaxtyping
 import pytest
 
 from refrag.config import POLICIES, Budget, GenerationSettings, IndexSettings, PolicyName, resolve_model
 from refrag.errors import InputError, NotFoundError
 from refrag.evaluation.settings import LatencySettings
+
+
+@pytest.fixture(autouse=True)
+def unchecked():
+    """As users run it: no type checks at run time, so that values of a wrong type reach our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_the_policy_names_are_one_list() -> None:
@@ -31,6 +40,14 @@ def test_budgets_that_hold(given: dict[str, Any]) -> None:
         (GenerationSettings, {"max_new_tokens": 0}, r"max_new_tokens must be 1 or more, was 0\."),
         (GenerationSettings, {"temperature": -1.0}, "temperature must be 0 or more"),
         (GenerationSettings, {"top_p": 0.0}, "top_p must lie above 0 and be at most 1"),
+        (GenerationSettings, {"temperature": float("nan")}, "temperature must be 0 or more, and finite, was nan"),
+        (GenerationSettings, {"temperature": float("inf")}, "temperature must be 0 or more, and finite, was inf"),
+        (GenerationSettings, {"repetition_penalty": 0.0}, r"repetition_penalty must lie above 0, and be finite, was 0\.0: 1 is"),
+        (GenerationSettings, {"seed": 2**70}, f"seed must be at most {2**63 - 1}, was {2**70}"),
+        (GenerationSettings, {"seed": -1}, r"seed must be 0 or more, was -1\."),
+        (GenerationSettings, {"top_k": -3}, r"top_k must be 0 or more, was -3\."),
+        (GenerationSettings, {"stop": ("a", "")}, "A stop string must hold at least one character"),
+        (Budget, {"max_slots": 2.5}, r"max_slots must be a whole number, was 2\.5\."),
         (IndexSettings, {"passage_tokens": 0}, "passage_tokens must be 1 or more"),
         (IndexSettings, {"overlap_tokens": 256}, r"overlap_tokens must lie between 0 and passage_tokens \(256\), was 256"),
         (IndexSettings, {"batch_size": 0}, "batch_size must be 1 or more"),
@@ -49,6 +66,7 @@ def test_bad_values_are_refused_in_one_sentence(settings: type, given: dict[str,
 
 
 def test_settings_are_values() -> None:
+    assert GenerationSettings(stop="END") == GenerationSettings(stop=("END",))
     assert Budget(expand_chunks=3) == Budget(expand_chunks=3)
     with pytest.raises(AttributeError):
         Budget().expand_chunks = 3  # type: ignore[misc]
@@ -60,6 +78,9 @@ def test_resolve_model_keeps_hub_names_and_refuses_missing_folders(tmp_path: Pat
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     assert resolve_model("~/mine") == str(tmp_path / "mine")
+    assert resolve_model(tmp_path / "mine") == str(tmp_path / "mine")
+    with pytest.raises(NotFoundError, match="There is no model folder at nowhere: check --model"):
+        resolve_model(Path("nowhere"))
     for missing in ("./nowhere", str(tmp_path / "nowhere"), "~/nowhere"):
         with pytest.raises(NotFoundError, match=f"There is no model folder at {missing}: check --model"):
             resolve_model(missing)

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import jaxtyping
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -35,6 +36,14 @@ def index(tiny_model, tmp_path_factory) -> PassageIndex:
     made = PassageIndex.create(tmp_path_factory.mktemp("engine") / "index", tiny_model)
     made.add([Passage.from_any(own, number) for number, own in enumerate(PASSAGES, 1)])
     return made
+
+
+@pytest.fixture
+def unchecked():
+    """As users run it: no type checks at run time, so that values of a wrong type reach our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Encoded:
@@ -207,9 +216,9 @@ def test_the_index_gives_passages_and_vectors(tiny_model, index: PassageIndex, m
     assert answer.passages[0]["id"] == "velmoor"
     assert answer.passages[0]["score"] > answer.passages[1]["score"]
     given = engine.answer(QUESTION, [PASSAGES[0]], policy="none", **SHORT)
+    assert encoded.texts == []  # the same id and the same text
     again = Refrag(tiny_model, index=str(index.path)).answer(QUESTION, top_k=1, policy="none", **SHORT)
     assert again.usage == given.usage
-    assert encoded.texts  # passages that were given are encoded, whatever their id
     only = engine.answer(QUESTION, where="id = 'lamp'", **SHORT)
     assert [passage["id"] for passage in only.passages] == ["lamp"]
     assert engine.answer("lighthouse lamp", mode="text", top_k=1, **SHORT).passages[0]["id"] == "lamp"
@@ -220,6 +229,16 @@ def test_a_given_passage_never_borrows_stored_vectors(tiny_model, index: Passage
     other = Passage("velmoor", "An entirely different text of the same id.", "Velmoor")
     options = {"policy": "none", "temperature": 0.0, **SHORT}
     assert engine.answer(QUESTION, [other], **options).text == Refrag(tiny_model).answer(QUESTION, [other], **options).text
+
+
+def test_a_retriever_finds_and_the_index_gives_the_vectors(tiny_model, index: PassageIndex, monkeypatch) -> None:
+    stored = Passage.from_any(PASSAGES[0], 1)
+    new = Passage("lamp", "The lamp is out.")
+    engine = Refrag(tiny_model, index=index, retriever=lambda question: [stored, new])
+    encoded = Encoded(tiny_model, monkeypatch)
+    answer = engine.answer(QUESTION, policy="none", **SHORT)
+    assert [passage["id"] for passage in answer.passages] == ["velmoor", "lamp"]
+    assert "".join(encoded.texts) == new.text  # its id is in the index, its text is another
 
 
 def test_passages_are_encoded_once(tiny_model, monkeypatch) -> None:
@@ -319,13 +338,23 @@ def test_what_people_see(engine: Refrag) -> None:
         ({"max_slots": 5}, "more than max_slots 5: raise --max-slots to"),
         ({"policy": "all", "expand_chunks": 1}, "The policy 'all' expands all"),
         ({"policy": "learned"}, "This model has no trained policy: choose --policy similarity, or train one."),
-        ({"question": "why " * 200}, "more than the encoder's window of 60: shorten it"),
-        ({"max_new_tokens": 500}, "more than the decoder's 512 positions: lower --top-k, --max-new-tokens or the budget (--max-slots 12)."),
+        ({"question": "why " * 60}, "more than the encoder's window of 60: shorten it"),
+        ({"max_new_tokens": 500}, "more than the decoder's 512 positions: pass fewer passages or lower --max-new-tokens."),
+        ({"passages": [], "max_new_tokens": 510}, "512 positions: shorten the question and the system text or lower --max-new-tokens."),
+        ({"policy": "all", "max_new_tokens": 400}, "512 positions: choose --policy similarity and set --max-slots 112, pass fewer"),
+        ({"expand_fraction": 1.0, "max_new_tokens": 400}, "512 positions: set --max-slots 112, pass fewer passages, or lower"),
+        ({"question": "a\udc80b"}, "The question must be valid Unicode, but it has half a character or a broken byte after 'a': check"),
+        ({"passages": "one text"}, "passages must be a list of passages, was a str: put it between brackets, [] for none."),
+        ({"passages": {"text": "one"}}, "passages must be a list of passages, was a dict"),
+        ({"passages": Passage("a", "one")}, "passages must be a list of passages, was a Passage"),
+        ({"history": [{"role": "user", "content": "a"}]}, 'a mapping with "role" and "text", was the keys role, content'),
+        ({"expand_chunks": 2.5}, "expand_chunks must be a whole number, was 2.5."),
+        ({"stop": ""}, "A stop string must hold at least one character"),
         ({"passages": None}, "There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=…."),
         ({"passages": [{"txt": "a"}]}, "Passage 1 must be a text or a mapping"),
     ],
 )
-def test_one_sentence_says_what_to_do(engine: Refrag, options: dict, message: str) -> None:
+def test_one_sentence_says_what_to_do(unchecked, engine: Refrag, options: dict, message: str) -> None:
     options = {"question": QUESTION, "passages": PASSAGES} | options
     with pytest.raises(InputError) as caught:
         engine.answer(options.pop("question"), options.pop("passages"), **options)
@@ -333,8 +362,9 @@ def test_one_sentence_says_what_to_do(engine: Refrag, options: dict, message: st
 
 
 def test_engines_that_cannot_be(make_model, tiny_model, index: PassageIndex) -> None:
-    with pytest.raises(InputError, match="both were given: keep one"):
-        Refrag(tiny_model, index=index, retriever=lambda question: [])
+    for returned, kind in ((None, "None"), ("text", "a str")):
+        with pytest.raises(InputError, match=f"What a retriever returns must be a list of passages, was {kind}"):
+            Refrag(tiny_model, retriever=lambda _, returned=returned: returned).answer(QUESTION)
     with pytest.raises(MismatchError, match="chunk size: index 4, given 8"):
         Refrag(make_model(chunk_size=8), index=index)
     with pytest.raises(MismatchError, match="chunk size: index 4, given 8"):
@@ -347,6 +377,44 @@ def test_engines_that_cannot_be(make_model, tiny_model, index: PassageIndex) -> 
         Refrag(tiny_model, retriever=lambda _: PASSAGES, reranker=lambda *_: [1.0]).answer(QUESTION)
     with pytest.raises(InputError, match="The filter `where` belongs to an index"):
         Refrag(tiny_model, retriever=lambda _: PASSAGES).answer(QUESTION, where="id = 'a'")
+
+
+def test_a_long_prompt_is_refused_before_anything_is_encoded(tiny_model, index: PassageIndex, monkeypatch) -> None:
+    encoded = Encoded(tiny_model, monkeypatch)
+    with pytest.raises(InputError, match=r"more than the decoder's 512 positions: pass fewer passages or lower"):
+        Refrag(tiny_model).answer(QUESTION, ["A long way to the old mill. " * 40] * 40)
+    with pytest.raises(InputError, match=r"more than max_slots 5: raise --max-slots to \d+, or lower --top-k\."):
+        Refrag(tiny_model, index=index).answer(QUESTION, max_slots=5)
+    assert encoded.texts == []
+
+
+def test_history_may_be_mappings(unchecked, engine: Refrag) -> None:
+    turns = [{"role": "user", "text": "Where?", "passages": ["The town lies north."]}, {"role": "assistant", "text": "North"}]
+    request = Request(QUESTION, [], history=turns)
+    assert request.history == (Turn("user", "Where?", ("The town lies north.",)), Turn("assistant", "North"))
+    assert engine.answer(request).usage["num_chunks"] > 0
+    with pytest.raises(InputError, match="The question must be a text, was None"):
+        Request(None)
+
+
+def test_infinite_scores_are_null_in_json(engine: Refrag) -> None:
+    def second_first(inputs):
+        return torch.tensor([-torch.inf, torch.inf] + [0.5] * (inputs.num_chunks - 2))
+
+    trace = engine.answer(QUESTION, PASSAGES, policy=second_first, expand_chunks=1, **SHORT).to_dict()["trace"]
+    assert [entry["score"] for entry in trace[:3]] == [None, None, 0.5]
+    assert trace[1]["expanded"]
+    json.dumps(trace, allow_nan=False)
+
+
+def test_the_decoders_own_generation_settings_do_not_leak(make_model) -> None:
+    model = make_model()
+    expected = Refrag(model).answer(QUESTION, PASSAGES, **SHORT).text
+    own = model.decoder.generation_config
+    own.update(min_new_tokens=12, suppress_tokens=list(range(3, 200)), no_repeat_ngram_size=1, num_beams=2)
+    answer = Refrag(model).answer(QUESTION, PASSAGES, **SHORT)
+    assert answer.text == expected
+    assert model.decoder.generation_config is own and own.min_new_tokens == 12
 
 
 def test_a_request_is_complete(engine: Refrag) -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -374,3 +375,28 @@ def test_push_uploads_a_loadable_folder_with_its_card(make_model, prompts, monke
     assert calls == [("token", "secret"), ("create", "me/refrag-tiny", True), ("upload", "me/refrag-tiny", "Upload refrag model", {"revision": "dev"})]
     assert 'Refrag.from_pretrained("me/refrag-tiny")' in (tmp_path / "uploaded" / "README.md").read_text()
     assert_same(model, RefragModel.from_pretrained(tmp_path / "uploaded"), prompts)
+
+
+@pytest.mark.parametrize("parts", ["all", "adapter"])
+def test_weights_that_are_cut_short_are_one_sentence(make_model, make_decoder, tmp_path, parts):
+    model = make_model()
+    make_decoder("llama").save_pretrained(tmp_path / "decoder")
+    model.config.decoder_name = str(tmp_path / "decoder")
+    model.save_pretrained(tmp_path / "model", parts=parts)
+    weights = tmp_path / "model" / ("model.safetensors" if parts == "all" else hub.ADAPTER_FILE)
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(MismatchError, match=r"are damaged or incomplete .*: copy or download them again"):
+        load_model(tmp_path / "model", device="cpu")
+    weights.unlink()
+    with pytest.raises(NotFoundError):
+        load_model(tmp_path / "model", device="cpu")
+
+
+def test_an_unknown_name_is_refused_at_once(monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    start = time.monotonic()
+    with pytest.raises(NotFoundError, match=r"No model 'refrag/no-such-model' was found here or on the hub \(.*\): check --model"):
+        load_model("refrag/no-such-model", device="cpu")
+    assert time.monotonic() - start < 8
+    assert "Retrying" not in caplog.text

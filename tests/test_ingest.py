@@ -142,6 +142,17 @@ def test_folders(tmp_path, read):
     assert [passage.text for passage in read(tmp_path / "docs")] == ["In b.txt.", "In deep/a.md."]
 
 
+def test_a_saved_dataset_inside_a_folder_is_one_source(tmp_path, read):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"id": "a", "text": "One."}]).save_to_disk(tmp_path / "docs" / "deep" / "saved")
+    (tmp_path / "docs" / "z.txt").write_text("Two.")
+    passages = read(tmp_path / "docs")
+    assert [(passage.text, passage.metadata["source"]) for passage in passages] == [
+        ("One.", str(tmp_path / "docs" / "deep" / "saved")),
+        ("Two.", str(tmp_path / "docs" / "z.txt")),
+    ]
+
+
 # ── splitting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -292,3 +303,29 @@ def test_encodings(tmp_path, read):
     assert read(tmp_path / "b.txt")[0].text == "Größe."
     with pytest.raises(InputError, match="There is no text encoding 'klingon': try --encoding utf-8"):
         read(tmp_path / "b.txt", encoding="klingon")
+
+
+def test_one_badly_encoded_line_is_named_and_can_be_skipped(tmp_path, read):
+    lines = b'\xef\xbb\xbf{"text": "One."}\r\n{"text": "Gr\xf6sse."}\n{"text": "Zw\xc3\xb6lf."}\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        with pytest.raises(InputError, match=rf"{name}, line 2: this is not utf-8 text \(byte 0xf6\); pass its encoding, for example --encoding latin-1, or keep the rest"):
+            read(tmp_path / name)
+        assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Zwölf."]
+    (tmp_path / "c.jsonl").write_text('{"text": "Größe."}\n{"text": "Two."}\n', encoding="utf-16")
+    assert [passage.text for passage in read(tmp_path / "c.jsonl", encoding="utf-16")] == ["Größe.", "Two."]
+
+
+def test_sources_are_files_read_to_their_end(tmp_path, builder):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{broken\n')
+    (tmp_path / "b.txt").write_text("Two.")
+    (tmp_path / "c.txt").write_text("")
+    sources: set[str] = set()
+    assert len(list(read_passages([tmp_path], builder=builder, settings=IndexSettings(), skip_bad=True, sources=sources))) == 2
+    assert sources == {str(tmp_path / "b.txt"), str(tmp_path / "c.txt")}
+
+
+def test_strange_sections_of_html_are_skipped(tmp_path, read):
+    (tmp_path / "a.html").write_text("<p>One.</p><![foo[bar]]><p>Two.</p>")
+    assert read(tmp_path / "a.html")[0].text.startswith("One.") and "Two." in read(tmp_path / "a.html")[0].text

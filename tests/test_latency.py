@@ -193,9 +193,9 @@ def test_a_cached_request_reads_every_passage_from_the_index(model: RefragModel,
     read: list[list[str]] = []
 
     class Counted(latency.IdsInHand):
-        def chunk_embeds(self, ids: list[str]) -> dict:
+        def stored(self, ids: list[str]) -> dict:
             read.append(list(ids))
-            return super().chunk_embeds(ids)
+            return super().stored(ids)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "IdsInHand", Counted)

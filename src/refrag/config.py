@@ -3,9 +3,12 @@
 What travels with the weights (chunk size, pooling, shapes) is `refrag.model.RefragConfig`.
 """
 
+import math
+import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import InputError, NotFoundError
 
@@ -15,7 +18,17 @@ BUNDLED_MODEL = "bundled"
 POLICIES = ("none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned")
 """Names accepted wherever a policy is chosen: seven fixed rules and the model's own learned policy."""
 
+MAX_SEED = 2**63 - 1
+
 PolicyName = Literal["none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned"]
+
+
+def check_whole(name: str, value: Any, *, minimum: int) -> None:
+    """Raises InputError unless `value` is a whole number of `minimum` or more."""
+    if not isinstance(value, Integral):
+        raise InputError(f"{name} must be a whole number, was {value!r}.")
+    if int(value) < minimum:
+        raise InputError(f"{name} must be {minimum} or more, was {value}.")
 
 
 @dataclass(frozen=True)
@@ -35,10 +48,10 @@ class Budget:
             raise InputError(f"A budget is one of expand_fraction, expand_chunks and max_slots; {' and '.join(given)} were given: keep one.")
         if self.expand_fraction is not None and not 0 <= self.expand_fraction <= 1:
             raise InputError(f"expand_fraction must lie between 0 and 1, was {self.expand_fraction}: try 0.1.")
-        if self.expand_chunks is not None and self.expand_chunks < 0:
-            raise InputError(f"expand_chunks must be 0 or more, was {self.expand_chunks}.")
-        if self.max_slots is not None and self.max_slots < 1:
-            raise InputError(f"max_slots must be 1 or more, was {self.max_slots}.")
+        if self.expand_chunks is not None:
+            check_whole("expand_chunks", self.expand_chunks, minimum=0)
+        if self.max_slots is not None:
+            check_whole("max_slots", self.max_slots, minimum=1)
 
     @property
     def is_default(self) -> bool:
@@ -66,12 +79,21 @@ class GenerationSettings:
     """Seed of sampling and of the random policy: same seed, same answer."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be 1 or more, was {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise InputError(f"temperature must be 0 or more, was {self.temperature}.")
+        """A single stop string is taken as a tuple of one. Raises InputError for values out of range."""
+        check_whole("max_new_tokens", self.max_new_tokens, minimum=1)
+        check_whole("top_k", self.top_k, minimum=0)
+        check_whole("seed", self.seed, minimum=0)
+        if self.seed > MAX_SEED:
+            raise InputError(f"seed must be at most {MAX_SEED}, was {self.seed}: take a smaller number.")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 or more, and finite, was {self.temperature}: 0 decodes greedily.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie above 0 and be at most 1, was {self.top_p}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty must lie above 0, and be finite, was {self.repetition_penalty}: 1 is no penalty.")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"A stop string must hold at least one character, was {self.stop!r}: leave stop out to have none.")
 
 
 @dataclass(frozen=True)
@@ -100,16 +122,18 @@ class IndexSettings:
             raise InputError(f"batch_size must be 1 or more, was {self.batch_size}.")
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str | os.PathLike[str]) -> str:
     """The folder of the bundled model for `bundled`, the name itself otherwise.
 
-    Raises NotFoundError when a path-like name does not exist.
+    Raises NotFoundError when a `Path` or a path-like name does not exist.
     """
+    is_path = isinstance(name, os.PathLike)
+    name = os.fspath(name)
     if name == BUNDLED_MODEL:
         folder = Path(__file__).parent / "demo" / "weights"
         if not (folder / "config.json").exists():
             raise NotFoundError("The bundled model is missing from this installation: reinstall refrag, or pass --model with a folder.")
         return str(folder)
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().exists():
+    if (is_path or name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().exists():
         raise NotFoundError(f"There is no model folder at {name}: check --model.")
     return str(Path(name).expanduser()) if name.startswith("~") else name

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from .errors import InputError, MismatchError, NotFoundError, missing_extra
+from .errors import InputError, MismatchError, NotFoundError, RefragError, missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def read_config(config_class: Any, name: str, **download: Any) -> Any:
 
     Raises NotFoundError when there is none, MismatchError when it is another kind of model.
     """
+    _check_known(name, **download)
     try:
         found, _ = config_class.get_config_dict(name, **download)
     except (OSError, ValueError) as error:
@@ -80,6 +82,36 @@ def read_config(config_class: Any, name: str, **download: Any) -> Any:
         kind = found.get("model_type") or "unknown"
         raise MismatchError(f"{name!r} is a {kind} model, not a refrag one: wrap it with RefragModel.from_parts(encoder, decoder), or check --model.")
     return config_class.from_dict(found)
+
+
+def _check_known(name: str, **download: Any) -> None:
+    """Raises NotFoundError for a name that is no folder, not in the cache, and not on the hub: one request, where
+    transformers would try each of its own again and again."""
+    access = {key: download[key] for key in ("revision", "cache_dir") if download.get(key)}
+    if Path(name).exists() or download.get("subfolder"):
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", **access), str):
+            return
+        if download.get("local_files_only"):
+            raise FileNotFoundError("it is not in the cache")
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=download.get("revision")), token=download.get("token"))
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = "the hub cannot be reached" if "Connect" in type(error).__name__ else first_line(error)
+        raise NotFoundError(f"No model {name!r} was found here or on the hub ({reason}): check --model.") from error
+
+
+@contextmanager
+def readable_weights(name: str) -> Generator[None]:
+    """Raises MismatchError for weights that are cut short or damaged, NotFoundError where there are none."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise MismatchError(f"The weights in {name!r} are damaged or incomplete ({first_line(error)}): copy or download them again.") from error
+    except OSError as error:
+        if isinstance(error, RefragError):
+            raise
+        raise NotFoundError(f"The weights of {name!r} could not be read ({first_line(error)}): copy or download them again.") from error
 
 
 def apply_overrides(config: Any, kwargs: dict[str, Any]) -> None:
@@ -148,7 +180,8 @@ def load_adapter(model_class: Any, name: str, config: Any, **kwargs: Any) -> Any
             f"The adapter's decoder {config.decoder_name!r} was not found ({first_line(error)}): pass decoder_name with its folder."
         ) from error
     check_decoder(config, decoder, config.decoder_name)
-    weights = load_file(path)
+    with readable_weights(name):
+        weights = load_file(path)
     model = model_class(config, decoder=decoder)
     state = {key: value for key, value in model.state_dict().items() if is_adapter_key(key)}
     shapes = [(key, weights[key].shape, state[key].shape) for key in weights if key in state and weights[key].shape != state[key].shape]

@@ -342,7 +342,8 @@ class RefragModel(PreTrainedModel, GenerationMixin):
             model, info = hub.load_adapter(cls, name, config, **kwargs), {}
         else:
             kwargs |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
-            loaded: Any = super().from_pretrained(name, *args, **kwargs)
+            with hub.readable_weights(name):
+                loaded: Any = super().from_pretrained(name, *args, **kwargs)
             model, info = loaded
             hub.check_loaded(name, info)
         if name is not None:
@@ -366,9 +367,7 @@ def _build_policy(settings: dict[str, Any], encoder_width: int) -> MlpPolicy | T
         return None
     if kind == "mlp":
         return MlpPolicy(encoder_width, width, question_aware=aware)
-    return TransformerPolicy(
-        encoder_width, width, num_layers=settings["num_layers"], num_heads=settings["num_heads"], question_aware=aware
-    )
+    return TransformerPolicy(encoder_width, width, num_layers=settings["num_layers"], num_heads=settings["num_heads"], question_aware=aware)
 
 
 def _device(layer: Any) -> torch.device:
@@ -408,7 +407,7 @@ def _load_part(part: str, source: Any, tokenizer: Any, settings: dict[str, Any],
         raise NotFoundError(f"The {part} {source!r} could not be loaded ({hub.first_line(error)}): check the name or the folder.") from error
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str | torch.dtype = "auto", **kwargs: Any) -> RefragModel:
+def load_model(name: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto", **kwargs: Any) -> RefragModel:
     """The model of a name, folder or `bundled`, on a device, in eval mode: what engine and CLI use.
 
     `dtype="auto"`: float32 for small models, else the type that a probe finds fastest on the device. `kwargs` go to

@@ -2,7 +2,6 @@
 
 Exit status: 0 done, 1 something is wrong with an index (`index verify`) or a bug, 2 wrong input, 130 interrupted.
 """
-# ruff: noqa: T201
 
 import errno
 import io

@@ -1,15 +1,14 @@
 """`refrag ask`, `demo`, `info` and `bench`."""
-# ruff: noqa: T201
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .. import __version__
-from ..config import Budget, GenerationSettings, IndexSettings, PolicyName
+from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, PolicyName, check_whole
 from ..errors import InputError
 from ..evaluation.settings import LatencySettings
 from .options import AsJson, Device, Messages, ModelOptions, Reading, check_paths, show
@@ -64,22 +63,26 @@ class Ask:
         if self.passages is not None:
             check_paths([self.passages])
         console = self.messages.console()
-        from ..engine import Refrag
-        from ..engine.answer import render_summary, render_trace
+        from ..engine.answer import Request, render_summary, render_trace
 
+        names = "top_k", "policy", "budget", "system", "mode", "where"
+        request = Request(self.question, generation=self.decoding, **{name: getattr(self, name) for name in names})
+        from ..engine import Refrag
+        from ..index import PassageIndex
+
+        if self.index is not None:  # what can be refused is refused before the model is loaded
+            PassageIndex.open(self.index)
         engine = Refrag(self.model.load(), index=self.index, reranker=self.reranker)
-        answer = self._answer(engine)
+        answer = self._answer(engine, request)
         if self.trace:
             console.print(render_trace(answer))
         console.print(render_summary(answer))
         return 0
 
-    def _answer(self, engine: Any) -> Any:
-        from ..engine import Request
-
-        passages = None if self.passages is None else list(self.reading.passages([self.passages], engine.model, IndexSettings()))
-        names = "top_k", "policy", "budget", "system", "mode", "where"
-        request = Request(self.question, passages, generation=self.decoding, **{name: getattr(self, name) for name in names})
+    def _answer(self, engine: Any, request: Any) -> Any:
+        if self.passages is not None:
+            read = self.reading.passages([self.passages], engine.model, IndexSettings())
+            request = replace(request, passages=list(read))
         if self.as_json:
             answer = engine.answer(request)
             show(answer.to_dict(), as_json=True)
@@ -93,9 +96,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Demo:
-    """Ask the bundled model about an invented world: plain RAG against compressed passages, in one table."""
+    """Ask a model about an invented world: plain RAG against compressed passages, in one table."""
 
     messages: Messages
+    model: str = BUNDLED_MODEL
+    """A folder, a name on the Hugging Face hub, or `bundled`: the tiny model that comes with refrag."""
     num_questions: int = 40
     """Questions to ask."""
     seed: int = 0
@@ -107,10 +112,14 @@ class Demo:
 
     def run(self) -> int:
         """Everything happens in refrag.demo.run."""
+        check_whole("num_questions", self.num_questions, minimum=1)
         console = self.messages.console()
+        from transformers.utils.logging import disable_progress_bar
+
         from ..demo.run import run_demo
 
-        run_demo(num_questions=self.num_questions, seed=self.seed, device=self.device, as_json=self.as_json, console=console)
+        disable_progress_bar()
+        run_demo(self.model, num_questions=self.num_questions, seed=self.seed, device=self.device, as_json=self.as_json, console=console)
         return 0
 
 

@@ -1,9 +1,8 @@
 """`refrag index`: make an index of passages and look after it."""
-# ruff: noqa: T201
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, subcommand
 
 from ..config import IndexSettings
-from ..errors import InputError
+from ..errors import InputError, NotFoundError
 from .options import AsJson, Folder, Messages, ModelOptions, Owner, Reading, check_paths, show
 from .progress import Gauge, passage_bar
 
@@ -20,7 +19,7 @@ from .progress import Gauge, passage_bar
 class IndexBuild:
     """Make an index of files and folders: txt, md, html, pdf, json, jsonl, csv, parquet (.gz too) and saved datasets.
 
-    After an interruption the same command finishes the rest.
+    After an interruption the same command finishes the rest. What a file no longer holds is removed.
     """
 
     paths: Positional[tuple[Path, ...]]
@@ -32,17 +31,18 @@ class IndexBuild:
     model: ModelOptions
     messages: Messages
     rebuild: bool = False
-    """Throw away the index that is there."""
+    """Make it anew beside the index that is there, and replace that one at the end."""
 
     def run(self) -> int:
         """Create or continue the index."""
         check_paths(self.paths)
-        from ..index import PassageIndex
+        from ..index import building
 
         console, model = self.messages.console(), self.model.load()
-        passages = self.reading.passages(self.paths, model, self.settings)
-        make = partial(PassageIndex.create, rebuild=True) if self.rebuild else PassageIndex.open_or_create
-        return _add(make(self.index, model, self.settings), passages, paths=self.paths, console=console)
+        sources: set[str] = set()
+        passages = _started(self.reading.passages(self.paths, model, self.settings, sources))
+        with building(self.index, model, self.settings, rebuild=self.rebuild) as index:
+            return _add(index, passages, Gauge(self.paths), console=console, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class IndexAdd:
 
         console, model = self.messages.console(), self.model.load()
         index = PassageIndex.open(self.index, model=model)
-        return _add(index, self.reading.passages(self.paths, model, index.settings), paths=self.paths, console=console)
+        sources: set[str] = set()
+        passages = self.reading.passages(self.paths, model, index.settings, sources)
+        return _add(index, passages, Gauge(self.paths), console=console, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,14 @@ class IndexDelete:
     messages: Messages
 
     def run(self) -> int:
-        """Prints how many there were."""
+        """Prints how many there were; none is an error."""
         if not self.ids:
             raise InputError("Nothing was named to delete: give the ids of passages.")
         self.messages.console()
-        show({"deleted": self.owner.open(self.index).delete(list(self.ids))}, as_json=True)
+        deleted = self.owner.open(self.index).delete(list(self.ids))
+        if not deleted:
+            raise NotFoundError(f"The index at {self.index} has no passage with the id {', '.join(self.ids[:3])}{'…' * (len(self.ids) > 3)}: check the ids.")
+        show({"deleted": deleted}, as_json=True)
         return 0
 
 
@@ -117,8 +122,14 @@ class IndexVerify:
     def run(self) -> int:
         """Prints one problem a line."""
         console = self.messages.console()
-        index = self.owner.open(self.index)
-        problems = index.verify()
+        from ..index.table import DamagedIndexError
+
+        try:
+            index = self.owner.open(self.index)
+            problems = index.verify()
+        except DamagedIndexError as error:
+            print(error)
+            return 1
         for problem in problems:
             print(problem)
         console.print(f"{index.count:,} passages, {len(problems) or 'no'} problem{'s'[: len(problems) != 1]}")
@@ -137,22 +148,26 @@ class IndexImport:
     model: ModelOptions
     messages: Messages
     rebuild: bool = False
-    """Throw away the index that is there."""
+    """Make it anew beside the index that is there, and replace that one at the end."""
 
     def run(self) -> int:
         """Its passages are encoded anew: the prototype stored no chunk vectors."""
-        from ..index import PassageIndex, import_prototype
+        from ..index import building, import_prototype
 
         console = self.messages.console()
-        passages = import_prototype(self.folder)
-        make = partial(PassageIndex.create, rebuild=True) if self.rebuild else PassageIndex.open_or_create
-        return _add(make(self.index, self.model.load(), self.settings), passages, paths=(), console=console)
+        passages = _started(import_prototype(self.folder))
+        with building(self.index, self.model.load(), self.settings, rebuild=self.rebuild) as index:
+            return _add(index, passages, Gauge(()), console=console)
 
 
-def _add(index: Any, passages: Iterator[Any], *, paths: Sequence[Path], console: Console) -> int:
-    gauge = Gauge(paths)
+def _started(passages: Iterator[Any]) -> Iterator[Any]:
+    """The same passages, the first one read now: input that is refused at once costs no index."""
+    return chain(list(islice(passages, 1)), passages)
+
+
+def _add(index: Any, passages: Iterator[Any], gauge: Gauge, *, console: Console, sources: Set[str] = frozenset()) -> int:
     with passage_bar(console, "indexing", gauge) as progress:
-        counts = index.add(gauge.watch(passages), progress=progress)
+        counts = index.add(gauge.watch(passages), progress=progress, sources=sources)
     show(counts, as_json=True)
     return 0
 

@@ -1,5 +1,4 @@
 """Options that several commands share, and how they show things."""
-# ruff: noqa: T201
 
 import json
 import logging
@@ -35,6 +34,8 @@ class Messages:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.ERROR, force=True)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         logging.getLogger("refrag").setLevel("ERROR" if self.quiet else self.log_level.upper())
         return Console(stderr=True, quiet=self.quiet, highlight=False)
 
@@ -85,13 +86,13 @@ class Reading:
     encoding: str = "utf-8"
     """Encoding of text files."""
 
-    def passages(self, paths: Sequence[Path], model: Any, settings: IndexSettings) -> Iterator[Any]:
-        """The passages of files and folders, one at a time, cut for this model."""
+    def passages(self, paths: Sequence[Path], model: Any, settings: IndexSettings, sources: set[str] | None = None) -> Iterator[Any]:
+        """The passages of files and folders, one at a time, cut for this model; `sources` receives the files that were read whole."""
         from ..index import read_passages
         from ..text import PromptBuilder
 
         builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
-        return read_passages(paths, builder=builder, settings=settings, skip_bad=self.skip_bad, encoding=self.encoding)
+        return read_passages(paths, builder=builder, settings=settings, skip_bad=self.skip_bad, encoding=self.encoding, sources=sources)
 
 
 def check_paths(paths: Sequence[Path]) -> None:

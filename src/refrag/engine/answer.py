@@ -1,12 +1,12 @@
 """What is asked of the engine and what comes back: Request, Answer, and the reading of its trace. No torch here."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypedDict
 
-from ..config import POLICIES, Budget, GenerationSettings
+from ..config import POLICIES, Budget, GenerationSettings, check_whole
 from ..errors import InputError
 from ..text import Passage, Turn
 
@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
     budget: Budget
     generation: GenerationSettings
     system: str | None
-    history: Sequence[Turn]
+    history: Sequence[Turn | Mapping[str, Any]]
     passages_first: bool
     mode: SearchMode
     where: str | None
@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
     temperature: float
     top_p: float
     repetition_penalty: float
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     seed: int
 
 
@@ -66,16 +66,19 @@ class Request:
     budget: Budget = field(default_factory=Budget)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     system: str | None = None
-    history: Sequence[Turn] = ()
-    """Earlier turns, oldest first; their passages are compressed too."""
+    history: Sequence[Turn | Mapping[str, Any]] = ()
+    """Earlier turns, oldest first: Turns, or mappings with `role` and `text`; their passages are compressed too."""
     passages_first: bool = True
     mode: SearchMode = "dense"
     where: str | None = None
     """Filter on the index's columns, as SQL."""
 
     def __post_init__(self) -> None:
-        if not self.question.strip():
-            raise InputError("The question must hold some text, was empty: write it between quotes.")
+        """Raises InputError for what cannot be asked."""
+        _check_question(self.question)
+        object.__setattr__(self, "passages", None if self.passages is None else passage_list(self.passages, "passages"))
+        object.__setattr__(self, "history", tuple(_turn(turn) for turn in self.history))
+        check_whole("top_k", self.top_k, minimum=0)
         if self.top_k < 1:
             raise InputError(f"top_k must be 1 or more, was {self.top_k}: to answer without passages give an empty list of them.")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
@@ -109,6 +112,42 @@ def _settings(kind: type[Budget | GenerationSettings], options: dict[str, Any], 
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     return options.pop(name, None) or kind(**given)
+
+
+def _check_question(question: Any) -> None:
+    if not isinstance(question, str):
+        raise InputError(f"The question must be a text, was {_kind(question)}: write it between quotes.")
+    if not question.strip():
+        raise InputError("The question must hold some text, was empty: write it between quotes.")
+    broken = re.search("[\ud800-\udfff]", question)
+    if broken:
+        raise InputError(
+            f"The question must be valid Unicode, but it has half a character or a broken byte after {question[: broken.start()][-40:]!r}: "
+            "check the encoding it was written with."
+        )
+
+
+def passage_list(passages: Any, what: str) -> Sequence[Any]:
+    """`passages` as a sequence. Raises InputError for one passage alone, and for anything that is no list; `what` names it."""
+    if isinstance(passages, str | bytes | Mapping | Passage) or not isinstance(passages, Iterable):
+        raise InputError(f"{what} must be a list of passages, was {_kind(passages)}: put it between brackets, [] for none.")
+    return passages if isinstance(passages, Sequence) else tuple(passages)
+
+
+def _turn(turn: Any) -> Turn:
+    """A Turn, or the Turn that a mapping describes."""
+    if isinstance(turn, Turn):
+        return turn
+    if not isinstance(turn, Mapping) or not {"role", "text"} <= turn.keys() <= {"role", "text", "passages"}:
+        given = f"the keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else _kind(turn)
+        raise InputError(f'A turn of the history must be a Turn or a mapping with "role" and "text", was {given}: pass {{"role": "user", "text": "…"}}.')
+    if not isinstance(turn["text"], str):
+        raise InputError(f"The text of a turn must be a text, was {_kind(turn['text'])}.")
+    return Turn(turn["role"], turn["text"], tuple(passage_list(turn.get("passages", ()), "The passages of a turn")))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Mixed inputs → text: one call of transformers' `generate`, watched token by token."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,7 @@ def decode(
     """Fill `rows` (one per batch row) by decoding from `inputs`; returns when every row has ended.
 
     The first token comes from the prefill. Beams are not used: sampling is greedy decoding on noisy logits (GumbelNoise).
+    `settings` alone count: the decoder's generation config gives nothing but its end tokens, by way of `rows`.
     A repetition penalty counts the answer's own tokens: the prompt has no token ids.
     """
     clock = StepClock(rows)
@@ -180,6 +182,8 @@ def decode(
         pad_token_id=ends[0] if ends else 0,
         use_cache=True,
     )
+    decoder = copy.copy(decoder)  # the same modules and weights; `generate` would fill what is unset from the decoder's own settings
+    decoder.generation_config = config
     with torch.inference_mode():
         decoder.generate(
             inputs_embeds=inputs.inputs_embeds,

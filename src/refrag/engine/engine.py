@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,9 +22,10 @@ from ..errors import BackendError, InputError, RefragError
 from ..layout import Layout, MixedInputs, lay_out, mix, num_slots
 from ..model import RefragModel, load_model
 from ..policy import PolicyInputs, decide
-from ..text import Passage, Prompt, PromptBuilder
-from .answer import TIMING_KEYS, Answer, Options, Request, find_citations
+from ..text import Passage, Prompt, PromptBuilder, Turn
+from .answer import TIMING_KEYS, Answer, Options, Request, find_citations, passage_list
 from .decoding import StepClock, TextFeed, decode, end_token_ids
+from .limits import check_expanded, check_prompt
 from .rerank import CANDIDATES, CrossEncoder, Reranker, rerank
 from .stream import AnswerStream, AsyncAnswerStream
 from .vectors import VectorSource
@@ -85,15 +87,13 @@ class Refrag:
         reranker: str | Reranker | None = None,
         cache_chunks: int = 65_536,
     ) -> None:
-        """`index`: a PassageIndex or its path; `retriever`: any callable from a question to passages, instead of an index;
-        `reranker`: a cross-encoder's name, or a callable (question, passages) → scores; `cache_chunks`: chunk vectors kept
+        """`index`: a PassageIndex or its path; `retriever`: any callable from a question to passages. With both, the retriever
+        finds, and the index gives the stored vectors of passages that it holds under the same id with the same text. `reranker`: a cross-encoder's name, or a callable (question, passages) → scores; `cache_chunks`: chunk vectors kept
         in memory for passages that are not in the index.
 
-        Raises InputError for a model without tokenizers and for an index beside a retriever, MismatchError for an
-        index of another model, NotFoundError where there is none.
+        Raises InputError for a model without tokenizers, MismatchError for an index of another model, NotFoundError where
+        there is none.
         """
-        if index is not None and retriever is not None:
-            raise InputError("Passages come from an index or from a retriever, both were given: keep one.")
         if model.tokenizer is None or model.encoder_tokenizer is None:
             missing = "decoder" if model.tokenizer is None else "encoder"
             raise InputError(
@@ -106,12 +106,13 @@ class Refrag:
         self.reranker = CrossEncoder(reranker, device=model.device) if isinstance(reranker, str) else reranker
         self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
         self.vectors = VectorSource(model, index=self.index, cache_chunks=cache_chunks)
+        self._limit = getattr(model.decoder.config.get_text_config(), "max_position_embeddings", None)
         self._end_ids = end_token_ids(model.decoder, model.tokenizer)
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str = BUNDLED_MODEL,
+        model: str | Path = BUNDLED_MODEL,
         *,
         index: Any = None,
         retriever: Retriever | None = None,
@@ -202,15 +203,16 @@ class Refrag:
             found = [self._passages(request) for request in requests]
         with watch("prompt_s"):
             prompts = [self._prompt(request, own) for request, own in zip(requests, found, strict=True)]
+            for request, prompt in zip(requests, prompts, strict=True):
+                check_prompt(prompt, request, self._limit)
         with watch("vectors_s"):
-            stored = {id(passage) for own in found for passage, _ in own} if self.index is not None else set()
-            stored -= {id(passage) for request in requests for passage in request.passages or ()}
-            vectors = self.vectors.chunk_embeds(prompts, stored=stored, needed=[request.policy != "all" for request in requests])
+            vectors = self.vectors.chunk_embeds(prompts, needed=[request.policy != "all" for request in requests])
         with watch("sense_s"):
             rows = [self._row(*parts) for parts in zip(requests, prompts, found, vectors, strict=True)]
         with watch("layout_s"):
             layout = lay_out(prompts, [row.expand_mask for row in rows]).to(self.device)
-            self._check_positions(layout, requests)
+            for slots, row in zip(layout.num_slots, rows, strict=True):
+                check_expanded(slots, row.prompt, row.request, self._limit)
         with watch("project_s"):
             inputs = self._mix(layout, rows, vectors)
         log.debug(
@@ -231,7 +233,8 @@ class Refrag:
         if self.retriever is not None:
             if request.where is not None:
                 raise InputError("The filter `where` belongs to an index, this engine has a retriever: filter in the retriever.")
-            found = [(Passage.from_any(own, number), None) for number, own in enumerate(self.retriever(request.question), 1)][:wanted]
+            given = passage_list(self.retriever(request.question), "What a retriever returns")
+            found = [(Passage.from_any(own, number), None) for number, own in enumerate(given, 1)][:wanted]
         elif self.index is not None:
             hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where)
             found = [(hit.passage, float(hit.score)) for hit in hits]
@@ -246,7 +249,7 @@ class Refrag:
             request.question,
             [passage for passage, _ in found],
             system=request.system,
-            history=request.history,
+            history=cast(Sequence[Turn], request.history),  # __post_init__ made them Turns
             passages_first=request.passages_first,
         )
 
@@ -285,16 +288,6 @@ class Refrag:
                 "shorten it, or choose --policy first, which does not read it."
             )
         return self.model.encode([question])[0]
-
-    def _check_positions(self, layout: Layout, requests: Sequence[Request]) -> None:
-        limit = getattr(self.model.decoder.config.get_text_config(), "max_position_embeddings", None)
-        for slots, request in zip(layout.num_slots, requests, strict=True):
-            longest = request.generation.max_new_tokens
-            if limit is not None and slots + longest > limit:
-                raise InputError(
-                    f"The prompt takes {slots} slots and the answer up to {longest} tokens, {slots + longest - limit} more than the decoder's "
-                    f"{limit} positions: lower --top-k, --max-new-tokens or the budget (--max-slots {max(limit - longest, 1)})."
-                )
 
     def _mix(self, layout: Layout, rows: Sequence[Row], vectors: Sequence[Float[Tensor, "_ enc"]]) -> MixedInputs:
         """Only compressed chunks are projected; the rows of expanded ones occupy no slot and stay zero."""
@@ -386,7 +379,7 @@ def _trace(row: Row) -> list[dict[str, Any]]:
             "start": chunk.start,
             "end": chunk.end,
             "text": text,
-            "score": score,
+            "score": score if math.isfinite(score) else None,
             "expanded": expanded,
             "rule": row.rule,
         }

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -47,22 +47,24 @@ class VectorSource:
         self.index = index
         self.cache = VectorCache(cache_chunks)
 
-    def chunk_embeds(self, prompts: Sequence[Prompt], *, stored: Collection[int], needed: Sequence[bool]) -> list[Float[Tensor, "_ enc"]]:
+    def chunk_embeds(self, prompts: Sequence[Prompt], *, needed: Sequence[bool]) -> list[Float[Tensor, "_ enc"]]:
         """The vectors of each prompt's chunks, on the model's device; missing ones are encoded together.
 
-        `stored` holds `id()` of the passage objects that came from the index: an equal name alone proves nothing.
+        The index's vectors serve a passage whose id is there with exactly this text, wherever the passage came from.
         Prompts that need no vectors, since every chunk is expanded, get zeros.
         """
         wanted = [prompt for prompt, is_needed in zip(prompts, needed, strict=True) if is_needed]
         places = [(prompt, number, texts) for prompt in wanted for number, texts in _texts_by_passage(prompt).items()]
         passages = [prompt.passages[number] for prompt, number, _ in places]
-        read = self._read([passage for passage in passages if id(passage) in stored])
+        stored = self._read(passages)
         found: dict[bytes, Tensor] = {}
         missing: dict[bytes, list[str]] = {}
         keys = [blake2b(passage.text.encode(), digest_size=16).digest() for passage in passages]
         for key, passage, (_, _, texts) in zip(keys, passages, places, strict=True):
-            vectors = read.get(passage.id) if id(passage) in stored else self.cache.get(key)
-            if vectors is None or len(vectors) != len(texts):  # never seen, or changed in the index since it was found
+            text, vectors = stored.get(passage.id, ("", None))
+            if vectors is None or text != passage.text or len(vectors) != len(texts):
+                vectors = self.cache.get(key)
+            if vectors is None:
                 missing[key] = texts
             else:
                 found[key] = vectors
@@ -76,8 +78,11 @@ class VectorSource:
         width = self.model.encoder.config.hidden_size
         return torch.cat(parts).to(self.device) if parts else torch.zeros(len(prompt.chunks), width, device=self.device)
 
-    def _read(self, passages: list[Passage]) -> dict[str, Tensor]:
-        return self.index.chunk_embeds(list(dict.fromkeys(passage.id for passage in passages))) if passages else {}
+    def _read(self, passages: Sequence[Passage]) -> dict[str, tuple[str, Tensor]]:
+        """By id what the index holds of these passages: text and vectors, from one read, so that they belong together."""
+        if self.index is None or not passages:
+            return {}
+        return self.index.stored(list(dict.fromkeys(passage.id for passage in passages)))
 
     def _encode(self, missing: dict[bytes, list[str]]) -> dict[bytes, Tensor]:
         if not missing:

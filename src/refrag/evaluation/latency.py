@@ -152,10 +152,10 @@ class IdsInHand:
         found = self.index.passages(self.ids)
         return [Hit(found[identity], 1.0) for identity in self.ids]
 
-    def chunk_embeds(self, ids: Sequence[str]) -> dict[str, Any]:
-        """Their vectors, read by id."""
+    def stored(self, ids: Sequence[str]) -> dict[str, Any]:
+        """Their texts and vectors, read by id."""
         self.ids_read += len(ids)
-        return self.index.chunk_embeds(ids)
+        return self.index.stored(ids)
 
 
 def build_systems(model: RefragModel, index: PassageIndex, workload: Workload, settings: LatencySettings) -> dict[str, System]:
@@ -177,7 +177,7 @@ def build_systems(model: RefragModel, index: PassageIndex, workload: Workload, s
         return answer
 
     def full(draw: Draw) -> Answer:
-        return cached_engine.answer(replace(base, passages=draw, policy="all", budget=Budget()))
+        return uncached_engine.answer(replace(base, passages=draw, policy="all", budget=Budget()))
 
     def uncached(draw: Draw) -> Answer:
         return uncached_engine.answer(replace(base, passages=draw))

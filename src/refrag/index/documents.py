@@ -47,9 +47,32 @@ class Source:
 
     def open(self) -> TextIOWrapper:
         """The file as text, decompressed where its name ends in .gz; a byte order mark is not text."""
-        encoding = "utf-8-sig" if self.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else self.encoding
-        opener = gzip.open if self.path.suffix.lower() == ".gz" else open
-        return opener(self.path, "rt", encoding=encoding)  # type: ignore[return-value]
+        encoding = "utf-8-sig" if self._is_utf8 else self.encoding
+        return self._opener(self.path, "rt", encoding=encoding)
+
+    def lines(self) -> Iterator[tuple[int, str | InputError]]:
+        """Lines with their numbers, decoded one by one: an InputError stands for one that the encoding cannot read."""
+        if "\n".encode(self.encoding) != b"\n":  # UTF-16 and others whose bytes cannot be cut into lines
+            with self.open() as file:
+                yield from enumerate(file, 1)
+            return
+        with self._opener(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield number, line.decode(self.encoding).removeprefix("\ufeff" if number == 1 and self._is_utf8 else "")
+                except UnicodeDecodeError as error:
+                    yield number, InputError(
+                        f"{self.path}, line {number}: this is not {self.encoding} text (byte 0x{line[error.start]:02x});"
+                        " pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."
+                    )
+
+    @property
+    def _opener(self) -> Callable[..., Any]:
+        return gzip.open if self.path.suffix.lower() == ".gz" else open
+
+    @property
+    def _is_utf8(self) -> bool:
+        return self.encoding.lower().replace("_", "-") in ("utf-8", "utf8")
 
     @property
     def stem(self) -> str:
@@ -73,16 +96,29 @@ def from_row(row: Any, source: str, where: str, on_bad: BadRow) -> Iterator[Docu
         on_bad(InputError(f'{where}: a row must have a string under "text" or a list under "passages", has {given}; mend it, or keep the rest with --skip-bad.'))
         return
     text, title = row["text"], str(row.get("title") or "")
-    try:
-        digest = sha256(f"{title}\0{text}".encode()).hexdigest()[:12]
-    except UnicodeEncodeError:
-        on_bad(InputError(f"{where}: the text holds half a character (a lone surrogate); mend it, or keep the rest with --skip-bad."))
-        return
     given_metadata = row.get("metadata")
     metadata = dict(given_metadata) if isinstance(given_metadata, Mapping) else {}
     metadata |= {key: value for key, value in row.items() if key not in KNOWN and value is not None} | {"source": source}
     identity = row.get("id")
+    for name, value in (("text", text), ("title", title), ("id", identity), ("metadata", metadata)):
+        try:
+            (value if isinstance(value, str) else json_text(value)).encode()
+        except UnicodeEncodeError:
+            on_bad(InputError(f"{where}: the {name} holds half a character (a lone surrogate); mend it, or keep the rest with --skip-bad."))
+            return
+        except InputError as error:
+            on_bad(InputError(f"{where}: {error}"))
+            return
+    digest = sha256(f"{title}\0{text}".encode()).hexdigest()[:12]
     yield Document(f"{title}#{digest}" if identity is None or identity == "" else str(identity), text, title, metadata)
+
+
+def json_text(value: Any) -> str:
+    """A passage's metadata as JSON, keys sorted. Raises InputError for what JSON cannot hold."""
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"The metadata of a passage must be JSON values under string keys ({error}): leave the value out.") from error
 
 
 def read_text(source: Source) -> Iterator[Document]:
@@ -108,30 +144,32 @@ def _block(file: TextIOWrapper) -> str:
 
 def read_json_lines(source: Source) -> Iterator[Document]:
     """One JSON row a line."""
-    with source.open() as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{source.path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                source.on_bad(InputError(f"{where}: this line is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
-                continue
-            yield from from_row(row, str(source.path), where, source.on_bad)
+    for number, line in source.lines():
+        if isinstance(line, InputError):
+            source.on_bad(line)
+            continue
+        if not line.strip():
+            continue
+        where = f"{source.path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
+            source.on_bad(InputError(f"{where}: this line is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
+            continue
+        yield from from_row(row, str(source.path), where, source.on_bad)
 
 
 def read_json(source: Source) -> Iterator[Document]:
     """A JSON list of rows or one row, held in memory whole; a file of JSON lines under this name is read as such."""
     with source.open() as file:
-        try:
-            content = json.load(file)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if str(error).startswith("Extra data"):
-                content = None
-            else:
-                source.on_bad(InputError(f"{source.path}: this file is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
-                return
+        text = file.read()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not str(error).startswith("Extra data"):
+            source.on_bad(InputError(f"{source.path}: this file is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
+            return
+        content = None
     if content is None:
         yield from read_json_lines(source)
         return
@@ -195,7 +233,7 @@ def read_pdf(source: Source) -> Iterator[Document]:
         reader = PdfReader(source.path)
         title = str((reader.metadata or {}).get("/Title") or "") or source.stem
         for number, page in enumerate(reader.pages, 1):
-            text = page.extract_text() or ""
+            text = (page.extract_text() or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # fonts can map to half characters
             found = found or bool(text.strip())
             yield Document(str(source.path), text, title, {"source": str(source.path), "page": number}, start)
             start += len(text) + 2
@@ -219,6 +257,13 @@ class _Page(HTMLParser):
         self._open: list[str] = []
         self.feed(markup)
         self.close()
+
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """Skips what is between `<![` and `>` when it is of no known kind, as browsers do."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            return self.parse_bogus_comment(i)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self._BLOCKS.fullmatch(tag):
@@ -246,7 +291,12 @@ class _Page(HTMLParser):
 def read_html(source: Source) -> Iterator[Document]:
     """The visible text of an HTML page; the title is the page's."""
     with source.open() as file:
-        page = _Page(file.read())
+        markup = file.read()
+    try:
+        page = _Page(markup)
+    except AssertionError as error:
+        source.on_bad(InputError(f"{source.path}: this HTML cannot be read ({error}); mend it, or keep the rest with --skip-bad."))
+        return
     yield Document(str(source.path), page.text, " ".join(page.title.split()) or source.stem, {"source": str(source.path)}, 0)
 
 

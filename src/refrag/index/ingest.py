@@ -5,13 +5,14 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from ..config import IndexSettings
-from ..errors import InputError, NotFoundError
+from ..errors import InputError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
-from .documents import READERS, BadRow, Document, Source, reader_of
+from .documents import READERS, Document, Source, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +28,13 @@ def read_passages(
     settings: IndexSettings,
     skip_bad: bool = False,
     encoding: str = "utf-8",
+    sources: set[str] | None = None,
 ) -> Iterator[Passage]:
     """Passages of files and folders (txt, md, html, pdf, json, jsonl, csv, tsv, parquet; .gz too) and saved datasets, streamed.
 
     A passage has at most `settings.passage_tokens` decoder tokens. Longer rows, and all documents, become passages with `#1`,
     `#2`, … after the id; `source`, `start` and `end` (characters of the row's or document's text) are kept in the metadata.
+    `sources` receives the files that were read to their end, none with a bad row: see `PassageIndex.add`.
     Raises NotFoundError for a missing path and InputError for an unknown format, before anything is read; InputError for a
     wrong encoding, a corpus without text and, unless `skip_bad`, the first bad row, with its file and line.
     """
@@ -40,7 +43,8 @@ def read_passages(
     except LookupError as error:
         raise InputError(f"There is no text encoding {encoding!r}: try --encoding utf-8 or --encoding latin-1.") from error
     files = [file for path in paths for file in _files(Path(os.path.normpath(path)))]
-    return _read(files, Splitter(builder, settings), skip_bad, encoding)
+    documents = _Documents(list(dict.fromkeys(files)), encoding, skip_bad, set() if sources is None else sources)
+    return _read(documents, Splitter(builder, settings))
 
 
 def _files(path: Path) -> list[Path]:
@@ -51,45 +55,73 @@ def _files(path: Path) -> list[Path]:
     endings = ", ".join(ending[1:] for ending in READERS)
     if path.is_file():
         raise InputError(f"{path} is of a kind that cannot be read: refrag reads {endings}, folders of them and saved Hugging Face datasets.")
-    found = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file) and not _hidden(file.relative_to(path)))
+    found = sorted(_inside(path))
     if not found:
         raise InputError(f"The folder {path} holds no file that can be read: refrag reads {endings}.")
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _inside(folder: Path) -> Iterator[Path]:
+    """The files in a folder that can be read, none that is hidden; a folder that is a saved dataset is one source."""
+    for root, folders, names in os.walk(folder):
+        inner = [Path(root, name) for name in folders if not name.startswith(".")]
+        folders[:] = [path.name for path in inner if not reader_of(path)]
+        yield from (path for path in inner if reader_of(path))
+        files = (Path(root, name) for name in names if not name.startswith("."))
+        yield from (path for path in files if path.is_file() and reader_of(path))
 
 
-def _read(files: list[Path], splitter: "Splitter", skip_bad: bool, encoding: str) -> Iterator[Passage]:
-    num_bad, first_bad = 0, None
-
-    def on_bad(error: InputError) -> None:
-        nonlocal num_bad, first_bad
-        if not skip_bad:
-            raise error
-        num_bad, first_bad = num_bad + 1, first_bad or error
-
+def _read(documents: "_Documents", splitter: "Splitter") -> Iterator[Passage]:
     count = 0
-    for passage in splitter.split(document for file in files for document in _documents(file, encoding, on_bad)):
+    for passage in splitter.split(documents):
         count += 1
         yield passage
-    if num_bad:
-        log.warning("%d bad rows or files were left out; the first: %s", num_bad, first_bad)
+    if documents.num_bad:
+        log.warning("%d bad rows or files were left out; the first: %s", documents.num_bad, documents.first_bad)
     if not count:
-        raise InputError(f"No passage with text was found in {', '.join(map(str, files[:3]))}{'…' if len(files) > 3 else ''}: check that the files are not empty.")
+        named = ", ".join(map(str, documents.files[:3])) + "…" * (len(documents.files) > 3)
+        raise InputError(f"No passage with text was found in {named}: check that the files are not empty.")
 
 
-def _documents(path: Path, encoding: str, on_bad: BadRow) -> Iterator[Document]:
-    reader = reader_of(path)
-    assert reader is not None
-    try:
-        yield from reader(Source(path, encoding, on_bad))
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        on_bad(InputError(f"{path} is not {encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1."))
-    except (EOFError, OSError, zlib.error) as error:
-        on_bad(InputError(f"{path} cannot be read ({error}): check the file."))
+@dataclass
+class _Documents:
+    """The documents of files, one after the other; counts what is bad."""
+
+    files: list[Path]
+    encoding: str
+    skip_bad: bool
+    finished: set[str]
+    """Files that were read to their end and without a bad row."""
+    num_bad: int = 0
+    first_bad: InputError | None = None
+
+    def __iter__(self) -> Iterator[Document]:
+        for file in self.files:
+            before = self.num_bad
+            yield from self._of(file)
+            if self.num_bad == before:
+                self.finished.add(str(file))
+
+    def _of(self, path: Path) -> Iterator[Document]:
+        reader = reader_of(path)
+        assert reader is not None
+        try:
+            str(path).encode()
+            yield from reader(Source(path, self.encoding, self._on_bad))
+        except UnicodeEncodeError:
+            self._on_bad(InputError(f"The name of the file {str(path)!a} is not text in this system's encoding: rename it."))
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            self._on_bad(InputError(f"{path} is not {self.encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1."))
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, RefragError):
+                raise
+            self._on_bad(InputError(f"{path} cannot be read ({error}): check the file."))
+
+    def _on_bad(self, error: InputError) -> None:
+        if not self.skip_bad:
+            raise error
+        self.num_bad, self.first_bad = self.num_bad + 1, self.first_bad or error
 
 
 class Splitter:

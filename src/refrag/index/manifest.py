@@ -29,6 +29,8 @@ class Manifest:
     retriever: Mapping[str, str | int]
     """`SentenceEncoder.identity()`: name, weights, pooling and question instruction of the retrieval vectors."""
     format_version: int = FORMAT_VERSION
+    model_name: str = ""
+    """The model's hub name, folder or `bundled`, for messages only: it is not compared."""
 
     @property
     def encoder_width(self) -> int:
@@ -49,13 +51,14 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise MismatchError(f"The index at {path} has format {version}, this version of refrag reads format {FORMAT_VERSION}: {_rebuild(path)}.")
         known = {key: value for key, value in record["settings"].items() if key in IndexSettings.__dataclass_fields__}
-        return cls(IndexSettings(**known), record["model"], record["retriever"])
+        return cls(IndexSettings(**known), record["model"], record["retriever"], model_name=record.get("model_name", ""))
 
     def check_model(self, fingerprint: Mapping[str, Any], path: str) -> None:
         """Raises MismatchError unless a model with this fingerprint makes the same chunks and the same chunk vectors."""
         differing = _differences(self.model, fingerprint)
         if differing:
-            raise MismatchError(f"The index at {path} belongs to another model ({differing}): pass the --model it was made with, or {_rebuild(path)}.")
+            own = f"--model {self.model_name}" if self.model_name else "the --model it was made with"
+            raise MismatchError(f"The index at {path} belongs to another model ({differing}): pass {own}, or {_rebuild(path)}.")
 
     def check_retriever(self, identity: Mapping[str, Any], path: str) -> None:
         """Raises MismatchError unless this retriever embeds questions into the space of the stored retrieval vectors."""

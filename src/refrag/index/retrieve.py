@@ -49,16 +49,17 @@ class SentenceEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         source, target = _locate(name), resolve_device(device)
+        loading = {"local_files_only": not _is_on_hub(source)}
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, **loading)
             self.tokenizer.backend_tokenizer.no_padding()  # some tokenizer files pad and cut every text to 128 tokens
             self.tokenizer.backend_tokenizer.no_truncation()
-            self.model = AutoModel.from_pretrained(source, dtype=fastest_dtype(target)).eval().to(target)
+            self.model = AutoModel.from_pretrained(source, dtype=fastest_dtype(target), **loading).eval().to(target)
         except (OSError, ValueError, KeyError) as error:
             raise NotFoundError(f"The retriever {name!r} could not be loaded: check the name, or use --retriever {OFFLINE_RETRIEVER}, which needs no network.") from error
         self.name = name
-        self.pooling = "cls" if _setting(source, "1_Pooling/config.json", "pooling_mode_cls_token", False) else "mean"
-        limit = _setting(source, "sentence_bert_config.json", "max_seq_length", None) or 1 << 30
+        self.pooling = "cls" if _setting(source, "1_Pooling/config.json", "pooling_mode_cls_token", False, **loading) else "mean"
+        limit = _setting(source, "sentence_bert_config.json", "max_seq_length", None, **loading) or 1 << 30
         self.max_tokens = min(limit, encoder_window(self.model, self.tokenizer))
         self.width = self.model.config.hidden_size
         is_bge = "bge" in Path(name).name.lower() and "-en" in Path(name).name.lower()
@@ -75,7 +76,15 @@ class SentenceEncoder:
         }
 
     def encode_question(self, question: str) -> Float[np.ndarray, "width"]:
-        """The unit vector of a question, float32, its instruction before it."""
+        """The unit vector of a question, float32, its instruction before it.
+
+        Raises InputError for one that is longer than the encoder's window: its end would not be searched for.
+        """
+        check_question(question)
+        [row] = tokenize_texts(self.tokenizer, [self.instruction + question], window=1 << 30)
+        if len(row) > self.max_tokens:
+            over = len(row) - self.max_tokens
+            raise InputError(f"The question has {len(row)} tokens, {over} more than the retriever's window of {self.max_tokens}: shorten it, or search with --mode text.")
         return self.encode([self.instruction + question])[0]
 
     def encode_passages(self, passages: Sequence[Passage]) -> Float[np.ndarray, "passage width"]:
@@ -101,6 +110,14 @@ class SentenceEncoder:
         return row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]]
 
 
+def check_question(question: str) -> None:
+    """Raises InputError for a question with half a character in it, which no tokenizer takes."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The question holds half a character or an invalid byte at position {error.start + 1}: write it as UTF-8 text.") from error
+
+
 def search_text(passage: Passage) -> str:
     """What retrieval sees of a passage, by meaning and by words."""
     return f"{passage.title}\n{passage.text}" if passage.title else passage.text
@@ -118,12 +135,26 @@ def _locate(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _setting(source: str, file: str, key: str, default: Any) -> Any:
+def _is_on_hub(source: str) -> bool:
+    """Whether the hub answers and has this repository: one request, no retries. What is in the cache is used where not."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if Path(source).is_dir():
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=10)
+    except Exception as error:  # of httpx, huggingface_hub and the name's own check
+        log.debug("The hub has no %s: %s", source, error)
+        return False
+    return True
+
+
+def _setting(source: str, file: str, key: str, default: Any, *, local_files_only: bool) -> Any:
     """One value of a JSON file beside the weights, in a folder or on the hub; the default where there is no such file."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, local_files_only=local_files_only)
     except OSError:
         found = None
     return json.loads(Path(found).read_text("utf-8")).get(key, default) if found else default

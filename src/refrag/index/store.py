@@ -3,8 +3,9 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -16,12 +17,14 @@ import pyarrow as pa
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import IndexSettings
-from ..errors import InputError, MismatchError, NotFoundError
+from ..config import BUNDLED_MODEL, IndexSettings, resolve_model
+from ..errors import InputError, MismatchError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
+from .documents import json_text
 from .manifest import Manifest
-from .retrieve import Hit, SentenceEncoder, fuse, search_text
-from .table import PassageTable, table_schema
+from .retrieve import Hit, SentenceEncoder, check_question, fuse, search_text
+from .seen import Seen
+from .table import TABLE, DamagedIndexError, PassageTable, quoted, table_schema
 from .vectors import pack, row_type, unpack
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ class PassageIndex:
         Raises NotFoundError when there is none; MismatchError, naming what differs and the command that mends it, when its
         format, the model or the retriever is not the one it was made with.
         """
-        table = PassageTable.open(_address(path))
+        table = PassageTable.open(local_address(path))
         manifest = Manifest.from_metadata(table.schema.metadata, table.path)
         if model is not None:
             manifest.check_model(model.fingerprint(), table.path)
@@ -89,32 +92,35 @@ class PassageIndex:
         *,
         rebuild: bool = False,
         retriever: SentenceEncoder | None = None,
+        name: str = TABLE,
     ) -> "PassageIndex":
         """A new, empty index for this model; with `rebuild` in place of one that is there, which stays whole until then.
+
+        `name` is that of the table in the folder: see `refrag.index.build.building`, which replaces an index only when it can.
 
         Raises InputError when there is an index already, NotFoundError for a retriever that cannot be loaded.
         """
         settings = settings or IndexSettings()
         retriever = retriever or SentenceEncoder(settings.retriever, instruction=settings.question_instruction, device=model.device)
-        manifest = Manifest(settings, model.fingerprint(), retriever.identity())
-        table = PassageTable.create(_address(path), table_schema(manifest, retriever.width), replace=rebuild)
+        manifest = Manifest(settings, model.fingerprint(), retriever.identity(), model_name=_model_name(model))
+        table = PassageTable.create(local_address(path), table_schema(manifest, retriever.width), replace=rebuild, name=name)
         return cls(table, manifest, model=model, retriever=retriever)
 
     @classmethod
     def open_or_create(cls, path: str | Path, model: "RefragModel", settings: IndexSettings | None = None) -> "PassageIndex":
         """What `refrag index build` does: the index that is there, to be finished, else a new one.
 
-        Raises MismatchError when the index that is there has another retriever or storage than `settings`.
+        Raises MismatchError when the index that is there was made with another retriever, storage or passage length.
         """
         try:
             index = cls.open(path, model=model)
         except NotFoundError:
             return cls.create(path, model, settings)
-        for name in ("retriever", "question_instruction", "storage"):
-            given, stored = getattr(settings or index.settings, name), getattr(index.settings, name)
-            if given != stored:
-                option = f"--{name.replace('_', '-')}"
-                raise MismatchError(f"The index at {path} was made with {option} {stored}, now it is {given}: give the same again, or make it anew with --rebuild.")
+        names = "retriever", "question_instruction", "storage", "passage_tokens", "overlap_tokens"
+        pairs = [(f"--{name.replace('_', '-')}", getattr(index.settings, name), getattr(settings or index.settings, name)) for name in names]
+        differing = ", ".join(f"{option} {stored}, now it is {given}" for option, stored, given in pairs if stored != given)
+        if differing:
+            raise MismatchError(f"The index at {path} was made with {differing}: give the same again, or make it anew with --rebuild.")
         return index
 
     @cached_property
@@ -128,18 +134,23 @@ class PassageIndex:
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, passages: Iterable[Passage], *, progress: Callable[[int], object] | None = None) -> dict[str, int]:
+    def add(
+        self, passages: Iterable[Passage], *, progress: Callable[[int], object] | None = None, sources: Set[str] = frozenset()
+    ) -> dict[str, int]:
         """Adds passages, replaces those whose content changed, skips the rest; a later passage replaces an earlier one of its id.
 
         Streams: a batch is encoded while the next is read and tokenised and the one before is written, each in one commit,
         so memory does not grow with the corpus and after a crash the same call finishes the rest. `progress` is called
-        with the number of passages done. Returns how many passages were `added`, `updated`, `unchanged`, and the `chunks`
-        encoded. Raises InputError for metadata that JSON cannot hold, BackendError when the disk is full.
+        with the number of passages done. `sources`, looked at in the end, are files that `passages` holds completely: what
+        the index still has of them from an earlier state is removed. Returns how many passages were `added`, `updated`,
+        `unchanged`, the `chunks` encoded and, only when there were any, `removed` ones and `duplicates`: passages that
+        another with the same id and other content replaced. Raises InputError for metadata that JSON cannot hold, BackendError when the disk is full.
         """
         totals = Counter(added=0, updated=0, unchanged=0, chunks=0)
+        seen = Seen()
         with ThreadPoolExecutor(1) as writer:
             pending: Future[tuple[int, int]] | None = None
-            for batch in _ahead(self._prepared(passages)):
+            for batch in _ahead(self._prepared(passages, seen)):
                 vectors = self._encoded(batch) if batch.passages else None
                 totals.update(unchanged=batch.unchanged, chunks=len(batch.chunk_texts))
                 _count(totals, pending)
@@ -147,8 +158,24 @@ class PassageIndex:
                 if progress:
                     progress(batch.size)
             _count(totals, pending)
+        totals.update(self._settle(seen, sources))
         self.optimize()
         return dict(totals)
+
+    def _settle(self, seen: Seen, sources: Set[str]) -> dict[str, int]:
+        """After everything was read: removes what its files no longer hold, reports ids that were given twice."""
+        counts = {}
+        if sources:
+            where = quoted(sorted(sources), "json_get_string(metadata, 'source')") if len(sources) <= 100 else None
+            rows = (row for batch in self.table.scan(("id", "metadata"), where=where) for row in zip(batch["id"].to_pylist(), batch["metadata"].to_pylist(), strict=True))
+            stale = [identity for identity, metadata in rows if seen.missing([identity]) and json.loads(metadata).get("source") in sources]
+            removed = sum(self.delete(stale[start : start + 1000]) for start in range(0, len(stale), 1000))
+            counts |= {"removed": removed} if removed else {}
+        if seen.num_replaced:
+            example = next((identity for batch in self.table.scan(("id",)) for identity in seen.replaced(batch["id"].to_pylist())), "")
+            log.warning("%d passages have the id of another, for example %r, and only the last of each was kept: give every passage its own id.", seen.num_replaced, example)
+            counts["duplicates"] = seen.num_replaced
+        return counts
 
     def delete(self, ids: Iterable[str]) -> int:
         """Deletes passages by id, in one commit. Returns how many there were."""
@@ -159,11 +186,13 @@ class PassageIndex:
         self.table.optimize()
         self._rows_since = 0
 
-    def _prepared(self, passages: Iterable[Passage]) -> Iterator[_Batch]:
+    def _prepared(self, passages: Iterable[Passage], seen: Seen) -> Iterator[_Batch]:
         """Batches of passages that are not stored as they are, cut into chunks."""
         for group in _groups(passages, self.settings.batch_size):
-            unique = {passage.id: passage for passage in group}
-            hashes = {identity: content_hash(passage) for identity, passage in unique.items()}
+            unique, hashes = {passage.id: passage for passage in group}, {}
+            for passage in group:
+                hashes[passage.id] = content_hash(passage)
+                seen.add(passage.id, hashes[passage.id])
             rows = self.table.rows(list(unique), ("id", "content_hash"))
             stored = dict(zip(rows["id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True))
             fresh = [passage for identity, passage in unique.items() if stored.get(identity) != hashes[identity]]
@@ -187,7 +216,7 @@ class PassageIndex:
     def _rows(self, batch: _Batch, embeds: np.ndarray, vectors: np.ndarray) -> pa.Table:
         """A batch as rows of the table."""
         passages = batch.passages
-        metadata = pa.array([_json(passage.metadata) for passage in passages], pa.utf8())
+        metadata = pa.array([json_text(passage.metadata) for passage in passages], pa.utf8())
         columns = [
             pa.array([passage.id for passage in passages], pa.utf8()),
             pa.array([passage.title for passage in passages], pa.utf8()),
@@ -229,6 +258,7 @@ class PassageIndex:
             raise InputError(f"top_k must be 1 or more, was {top_k}.")
         if not question.strip():
             raise InputError("The question must hold some text, was blank.")
+        check_question(question)
         try:
             if mode == "dense":
                 return self._dense(question, top_k, where, exact)
@@ -237,7 +267,7 @@ class PassageIndex:
             depth = max(50, 4 * top_k)
             return _fused([self._dense(question, depth, where, exact), self._text(question, depth, where)])[:top_k]
         except (ValueError, RuntimeError) as error:
-            if where is None or isinstance(error, MismatchError):
+            if where is None or isinstance(error, RefragError):
                 raise
             reason = str(error).split(", /")[0].splitlines()[0]
             raise InputError(f"The filter {where!r} cannot be used ({reason}): write SQL such as  title = 'Paris'  or  json_get_string(metadata, 'source') = 'a.txt'") from error
@@ -255,6 +285,12 @@ class PassageIndex:
         rows = self.table.rows(ids, ("id", "chunk_embeds"))
         vectors = unpack(rows["chunk_embeds"], self.settings.storage, self.manifest.encoder_width)
         return dict(zip(rows["id"].to_pylist(), vectors, strict=True))
+
+    def stored(self, ids: Sequence[str]) -> dict[str, tuple[str, Float[Tensor, "_ enc"]]]:
+        """As `chunk_embeds`, each with the text it was made of, from the same read."""
+        rows = self.table.rows(ids, ("id", "text", "chunk_embeds"))
+        vectors = unpack(rows["chunk_embeds"], self.settings.storage, self.manifest.encoder_width)
+        return dict(zip(rows["id"].to_pylist(), zip(rows["text"].to_pylist(), vectors, strict=True), strict=True))
 
     def passages(self, ids: Sequence[str]) -> dict[str, Passage]:
         """Passages by id; unknown ids are left out."""
@@ -281,12 +317,17 @@ class PassageIndex:
         """Reads everything and says, a sentence each, what is wrong; an empty list: nothing. With a model, chunk counts are checked too."""
         problems: list[str] = []
         seen: set[str] = set()
-        for batch in self.table.scan((*PASSAGE_COLUMNS, "content_hash", "vector", "chunk_embeds", "num_chunks"), batch_size=256):
-            rows = pa.Table.from_batches([batch])
-            passages = _passages(rows)
-            problems += [f"Passage {passage.id!r} is stored twice." for passage in passages if passage.id in seen]
-            seen.update(passage.id for passage in passages)
-            problems += self._problems(rows, passages)
+        try:
+            for batch in self.table.scan((*PASSAGE_COLUMNS, "content_hash", "vector", "chunk_embeds", "num_chunks"), batch_size=256):
+                rows = pa.Table.from_batches([batch])
+                passages = _passages(rows)
+                problems += [f"Passage {passage.id!r} is stored twice." for passage in passages if passage.id in seen]
+                seen.update(passage.id for passage in passages)
+                problems += self._problems(rows, passages)
+            self.table.rows([*seen][:1], ("id",))  # the files of the search indexes
+            self.table.matching("a", ("id",), limit=1, where=None)
+        except DamagedIndexError as error:
+            problems.append(str(error))
         return problems
 
     def _problems(self, rows: pa.Table, passages: list[Passage]) -> Iterator[str]:
@@ -308,18 +349,25 @@ class PassageIndex:
 
 
 def content_hash(passage: Passage) -> str:
-    """Changes when the title, text or metadata of a passage do."""
-    return sha256(_json({"title": passage.title, "text": passage.text, "metadata": passage.metadata}).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _json(value: Mapping[str, Any]) -> str:
+    """Changes when the title, text or metadata of a passage do. Raises InputError for what cannot be stored."""
     try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"The metadata of a passage must be JSON values under string keys ({error}): leave the value out.") from error
+        passage.id.encode()
+        return sha256(json_text({"title": passage.title, "text": passage.text, "metadata": passage.metadata}).encode()).hexdigest()[:32]
+    except UnicodeEncodeError as error:
+        raise InputError(f"The passage {passage.id!r} holds half a character (a lone surrogate): mend its id, title, text or metadata.") from error
 
 
-def _address(path: str | Path) -> str:
+def _model_name(model: "RefragModel") -> str:
+    """The name a model was loaded by, an absolute path for a folder; empty for one made in memory."""
+    name = str(model.name_or_path or "")
+    with suppress(NotFoundError):
+        if name == resolve_model(BUNDLED_MODEL):
+            return BUNDLED_MODEL
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+def local_address(path: str | Path) -> str:
+    """A folder with `~` expanded; an object store's address as it is."""
     return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
 
 

@@ -1,20 +1,25 @@
 """The Lance table of an index: opened, read and written without a word about models."""
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from ..errors import BackendError, InputError, NotFoundError
+from ..errors import BackendError, InputError, NotFoundError, RefragError
 from .manifest import MANIFEST_KEY, Manifest
 
 log = logging.getLogger(__name__)
 
 TABLE = "passages"
+REBUILD = "rebuild"
+"""Name of a table that is filled beside the one in use, to take its place."""
 APPROXIMATE_FROM = 50_000
 """Passages from which on dense search uses an approximate (IVF) index."""
 NUM_PROBES = 32
@@ -46,9 +51,13 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def quoted(ids: Sequence[str]) -> str:
-    """An SQL filter for these ids."""
-    return "id IN ({})".format(", ".join("'" + identity.replace("'", "''") + "'" for identity in ids))
+def quoted(ids: Iterable[str], column: str = "id") -> str:
+    """An SQL filter for these ids, or for these values of another expression."""
+    return f"{column} IN ({{}})".format(", ".join("'" + identity.replace("'", "''") + "'" for identity in ids))
+
+
+class DamagedIndexError(BackendError):
+    """A file of the index is damaged or missing."""
 
 
 class PassageTable:
@@ -60,32 +69,52 @@ class PassageTable:
 
     @classmethod
     def open(cls, path: str) -> "PassageTable":
-        """Raises NotFoundError when there is no index at `path`."""
+        """Raises NotFoundError when there is no index at `path`, DamagedIndexError when its files cannot be read."""
         missing = NotFoundError(f"There is no index at {path}: make one with  refrag index build PATH… --index {path}")
         if not is_remote(path) and not Path(path).is_dir():
             raise missing
         try:
-            return cls(_connect(path).open_table(TABLE), path)
+            with readable(path):
+                return cls(_connect(path).open_table(TABLE), path)
         except ValueError as error:
             raise missing from error
 
     @classmethod
-    def create(cls, path: str, schema: pa.Schema, *, replace: bool) -> "PassageTable":
-        """A new, empty table with its indexes, in place of one that is there only if `replace`."""
-        from lancedb.index import FTS, BTree
-
+    def create(cls, path: str, schema: pa.Schema, *, replace: bool, name: str = TABLE) -> "PassageTable":
+        """A new, empty table with its indexes, in place of one that is there only if `replace`. Raises InputError where no folder can be."""
         if not is_remote(path) and Path(path).exists() and not Path(path).is_dir():
             raise InputError(f"{path} is a file, an index needs a folder: pass another --index.")
         with plain_errors(path):
             try:
-                table = _connect(path).create_table(TABLE, schema=schema, mode="overwrite" if replace else "create")
+                lance = _connect(path).create_table(name, schema=schema, mode="overwrite" if replace else "create")
             except ValueError as error:
                 if "already exists" not in str(error):
                     raise
                 raise InputError(f"There is an index at {path} already: open it, or replace it with --rebuild.") from error
-            table.create_index("id", config=BTree())
-            table.create_index("search_text", config=FTS(base_tokenizer="icu"))  # finds words in scripts without spaces too
-        return cls(table, path)
+            except (NotADirectoryError, FileNotFoundError) as error:
+                raise InputError(f"No folder can be made at {path} ({error.strerror}): pass another --index.") from error
+            table = cls(lance, path)
+            table.make_indexes()
+        return table
+
+    @staticmethod
+    def exists(path: str) -> bool:
+        """Whether a local folder holds a table, readable or not."""
+        return not is_remote(path) and _folder(path, TABLE).is_dir()
+
+    @staticmethod
+    def drop(path: str, name: str = TABLE) -> None:
+        """Removes a table's files from a local folder, if there are any."""
+        shutil.rmtree(_folder(path, name), ignore_errors=True)
+
+    @staticmethod
+    def swap(path: str) -> None:
+        """Puts the table REBUILD of a local folder in the place of the one in use: two renames, then the old files go."""
+        with plain_errors(path):
+            PassageTable.drop(path, "replaced")
+            _folder(path, TABLE).rename(_folder(path, "replaced"))
+            _folder(path, REBUILD).rename(_folder(path, TABLE))
+        PassageTable.drop(path, "replaced")
 
     @property
     def schema(self) -> pa.Schema:
@@ -109,9 +138,16 @@ class PassageTable:
             return self.schema.empty_table().select(list(columns))
         return self._read(lambda table: table.search().where(quoted(ids)).select(list(columns)).limit(len(ids)).to_arrow())
 
-    def scan(self, columns: Sequence[str], *, batch_size: int = 1024) -> Iterator[pa.RecordBatch]:
-        """All rows, in batches."""
-        return iter(self._read(lambda table: table.search().select(list(columns)).to_batches(batch_size)))
+    def scan(self, columns: Sequence[str], *, batch_size: int = 1024, where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """All rows, or those that a filter leaves, in batches."""
+
+        def query(table: Any) -> Any:
+            search = table.search().where(where) if where else table.search()
+            return search.select(list(columns)).to_batches(batch_size)
+
+        batches = iter(self._read(query))
+        with readable(self.path):
+            yield from batches
 
     def nearest(self, vector: Any, columns: Sequence[str], *, limit: int, where: str | None, exact: bool) -> pa.Table:
         """The rows whose vector has the largest inner product, `_distance` (1 - product) ascending."""
@@ -137,20 +173,22 @@ class PassageTable:
 
     def _read(self, query: Callable[[Any], T]) -> T:
         """A query on the newest version; once more when another process has just deleted the version that was read."""
-        try:
-            return query(self._table)
-        except RuntimeError as error:
-            if "Not found" not in str(error):
-                raise
-            self._table.checkout_latest()
-            return query(self._table)
+        with readable(self.path):
+            try:
+                return query(self._table)
+            except RuntimeError as error:
+                if "Not found" not in str(error):
+                    raise
+                self._table.checkout_latest()
+                return query(self._table)
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def merge(self, rows: pa.Table) -> tuple[int, int]:
         """Inserts new ids and replaces known ones, in one commit. Returns (inserted, replaced)."""
         with plain_errors(self.path):
-            result = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+            merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            result = merge.use_index(False).execute(rows)  # with the index, the memory of each merge grows with the table
         return result.num_inserted_rows, result.num_updated_rows
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -159,20 +197,59 @@ class PassageTable:
             return self._table.delete(quoted(ids)).num_deleted_rows if ids else 0
 
     def optimize(self) -> None:
-        """Joins small files, brings the indexes up to date, makes the approximate one when large, deletes old versions."""
+        """Joins small files, brings the indexes up to date, makes those that are missing, deletes old versions."""
         from lancedb.index import IvfFlat
 
         with plain_errors(self.path):
+            self.make_indexes()
             self._table.optimize(cleanup_older_than=KEPT_VERSIONS)
             names = {index.name for index in self._table.list_indices()}
             if self.count >= APPROXIMATE_FROM and "vector_idx" not in names:
                 self._table.create_index("vector", config=IvfFlat(distance_type="dot", num_partitions=max(2, round(self.count**0.5))))
 
+    def make_indexes(self) -> None:
+        """Makes the indexes on id and on words where they are missing: a kill may have come between the table and them."""
+        from lancedb.index import FTS, BTree
+
+        present = {column for index in self._table.list_indices() for column in index.columns}
+        if "id" not in present:
+            self._table.create_index("id", config=BTree())
+        if "search_text" not in present:
+            self._table.create_index("search_text", config=FTS(base_tokenizer="icu"))  # finds words in scripts without spaces too
+
+
+def _folder(path: str, name: str) -> Path:
+    return Path(path) / f"{name}.lance"
+
 
 def _connect(path: str) -> Any:
     import lancedb
 
-    return lancedb.connect(path, read_consistency_interval=timedelta(seconds=1))
+    return lancedb.connect(path, read_consistency_interval=timedelta(seconds=1), session=_session())
+
+
+@lru_cache(maxsize=1)
+def _session() -> Any:
+    """One bounded cache for all indexes of the process (Lance's own bound is 7 GB), and short batches when it joins files."""
+    import lancedb
+
+    os.environ.setdefault("LANCE_DEFAULT_BATCH_SIZE", "256")  # rows; its 8,192 passages with their vectors are hundreds of megabytes
+    return lancedb.Session(index_cache_size_bytes=256 << 20, metadata_cache_size_bytes=64 << 20)
+
+
+@contextmanager
+def readable(path: str) -> Generator[None]:
+    """Damaged and missing files become one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        text = str(error)
+        if isinstance(error, RefragError) or not ("LanceError(" in text or "lance error: Not found" in text or "does not appear to be a Lance file" in text):
+            raise
+        reason = text.removeprefix("lance error: ").splitlines()[0].split(", /")[0]
+        raise DamagedIndexError(
+            f"The index at {path} cannot be read since a file of it is damaged or missing ({reason}): make it anew with  refrag index build PATH… --index {path} --rebuild"
+        ) from error
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for part in self._parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
 
-    def step(self, closure: Any = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: Any = None) -> None:  # ty: ignore[incompatible-method-override]
         for part in self._parts:
             part.step()
 
