@@ -6,8 +6,8 @@ export OMP_WAIT_POLICY=PASSIVE
 out=${1:-runs/bundled}
 stage() { python -m refrag.demo.train "$1" --output-dir "$out" "${@:2}"; }
 
-stage reading --num-steps 4600
-stage reconstruction --num-steps 250 --schedule linear --warmup 20
-stage mixed --num-steps 1600 --schedule linear --warmup 30 --learning-rate 2e-3
-stage policy --num-steps 1200 --schedule linear --warmup 30 --learning-rate 2e-3
+stage reading --num-steps 4500
+stage reconstruction --num-steps 220 --schedule linear --warmup 20
+stage mixed --num-steps 2100 --schedule linear --warmup 30 --learning-rate 2e-3
+stage policy --num-steps 1000 --schedule linear --warmup 30 --learning-rate 2e-3
 stage export --weights src/refrag/demo/weights
