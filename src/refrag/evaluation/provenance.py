@@ -1,6 +1,7 @@
 """Where a result comes from: machine, versions, commit, command, date. Every results file holds it under `provenance`."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -41,8 +42,17 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for: an interval that too few rounds leave open."""
+    if isinstance(value, Mapping):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_result(path: Path, *, kind: str) -> dict[str, Any]:
