@@ -48,7 +48,7 @@ READING = (
     Phase(3700, {2: 0.2, 4: 0.6, 8: 0.2}, rivals=0.6, brief=0.6),
     Phase(10**9, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}, rivals=0.2),
 )
-"""As the bundled decoder was trained. The first three phases taught it to match the relation, and it took any entity's
+"""The phases of the bundled decoder; citations, guidance and the rope base came in on the way (docs/log.md). The first three phases taught it to match the relation, and it took any entity's
 answer; passages that differ in nothing but the name taught it the name."""
 
 MIXED = (
