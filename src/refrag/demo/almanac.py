@@ -39,6 +39,16 @@ class Question:
     """Positions of the passages that hold the answer; two for a two-hop question (bridge first), none if unanswerable."""
     span: tuple[int, int] | None = None
     """Characters of the answer in the last gold passage."""
+    bridge: str = ""
+    """The answer of the first of two hops: the name that leads to the last gold passage."""
+    bridge_span: tuple[int, int] | None = None
+    """Characters of the bridge in the first gold passage."""
+
+    @property
+    def hops(self) -> tuple[tuple[int, int, int], ...]:
+        """(passage, start, end) of the words that each hop finds, in order; empty if unanswerable."""
+        spans = [span for span in (self.bridge_span, self.span) if span is not None]
+        return tuple((passage, *span) for passage, span in zip(self.gold, spans, strict=True))
 
 
 @dataclass(frozen=True)
@@ -165,56 +175,80 @@ def _questions(writer: _Writer, drafts: list[_Draft], absent: list[_Draft]) -> l
     return questions
 
 
-def _two_hop_case(writer: _Writer, num_passages: int) -> tuple[list[_Draft], list[Question]]:
-    """A case around one chain of two facts: both its passages, and rivals for the second relation and the first."""
-    kind, first, bridge_kind, second, question_forms = writer.rng.choice(forms.TWO_HOP)
+def _chain(writer: _Writer, kind: str, first: str, bridge_kind: str, second: str) -> list[_Draft]:
+    """A passage that states `first` of an entity, the one that states `second` of the entity found there, and their other passages."""
     start = writer.drafts(kind)
     gold_first = next(draft for draft in start if first in draft.facts)
     bridge = writer.drafts(bridge_kind, subject=gold_first.facts[first])
     gold_second = next(draft for draft in bridge if second in draft.facts)
-    drafts = [gold_first, gold_second, *(draft for draft in (*start, *bridge) if draft is not gold_first and draft is not gold_second)]
+    return [gold_first, gold_second, *(draft for draft in (*start, *bridge) if draft is not gold_first and draft is not gold_second)]
+
+
+def _two_hop_case(writer: _Writer, num_passages: int, *, chains: bool) -> tuple[list[_Draft], list[Question]]:
+    """A case around one chain of two facts: both its passages, and rivals for the second relation and the first.
+
+    With `chains` it holds as many chains of the same two relations as there is room for.
+    """
+    kind, first, bridge_kind, second, question_forms = writer.rng.choice(forms.TWO_HOP)
+    drafts = _chain(writer, kind, first, bridge_kind, second)
+    golds = [drafts[:2]]
+    if chains:
+        golds += [_chain(writer, kind, first, bridge_kind, second)[:2] for _ in range(num_passages // 2 - 1)]
+        drafts = [draft for pair in golds for draft in pair]
     while len(drafts) < num_passages:
         rival_kind, relation = (kind, first) if len(drafts) % 4 == 1 else (bridge_kind, second)
         drafts.append(next(draft for draft in writer.drafts(rival_kind) if relation in draft.facts))
     drafts = drafts[:num_passages]
     writer.rng.shuffle(drafts)
-    where = tuple(next(i for i, draft in enumerate(drafts) if draft is gold) for gold in (gold_first, gold_second))
-    text = writer.form(question_forms, held_out=1).replace("{s}", gold_first.subject)
-    question = Question(text, gold_second.facts[second], "two-hop", f"{first}.{second}", where, gold_second.spans[second])
-    return drafts, [question, *_questions(writer, drafts, [])]
+    questions = []
+    for pair in golds:
+        where = tuple(next(i for i, draft in enumerate(drafts) if draft is gold) for gold in pair)
+        text = writer.form(question_forms, held_out=1).replace("{s}", pair[0].subject)
+        hops = (pair[1].spans[second], pair[0].facts[first], pair[0].spans[first])
+        questions.append(Question(text, pair[1].facts[second], "two-hop", f"{first}.{second}", where, *hops))
+    return drafts, [*questions, *_questions(writer, drafts, [])]
 
 
-def _one_kind_case(writer: _Writer, num_passages: int, *, unanswerable: bool, rivals: bool) -> tuple[list[_Draft], list[Question]]:
-    """Passages of entities of one kind, two an entity; with `unanswerable` one more was written and left out.
+def _one_kind_case(writer: _Writer, num_passages: int, *, absent: int, rivals: bool) -> tuple[list[_Draft], list[Question]]:
+    """Passages of entities of one kind, two an entity; of the first `absent` entities one passage is left out, and asked about.
 
     With `rivals` there is one passage an entity, and all of them state the same relations: only the name tells them apart.
     """
     kind = writer.rng.choice(tuple(forms.RELATIONS))
     shares, side = writer.shares(kind), writer.rng.randrange(2)
     drafts: list[_Draft] = []
-    while len(drafts) < num_passages + unanswerable:
+    while len(drafts) < num_passages + absent:
         drafts += [writer.drafts(kind, shares=shares)[side]] if rivals else writer.drafts(kind)
-    absent = [drafts.pop(0)] if unanswerable else []
+    missing = [drafts.pop(place) for place in range(absent)]
     drafts = drafts[:num_passages]
     writer.rng.shuffle(drafts)
-    return drafts, _questions(writer, drafts, absent)
+    return drafts, _questions(writer, drafts, missing)
 
 
 def make_case(
-    seed: int | str, *, split: Split = "train", num_passages: int = 8, kind: Kind = "one-hop", rivals: bool = False, brief: bool = False
+    seed: int | str,
+    *,
+    split: Split = "train",
+    num_passages: int = 8,
+    kind: Kind = "one-hop",
+    rivals: bool = False,
+    brief: bool = False,
+    chains: bool = False,
+    absent: int = 1,
 ) -> Case:
     """One context and its questions, a pure function of the arguments. Questions of `kind` come first, shuffled.
 
     No answer of a question of `kind` stands in a title; a case in which one would is drawn again. For training only:
-    `rivals` takes one passage an entity, all with the same relations; `brief` leaves out all sentences without a fact.
+    `rivals` takes one passage an entity, all with the same relations; `brief` leaves out all sentences without a fact;
+    `chains` fills a two-hop case with chains; an unanswerable case leaves out a passage of each of `absent` entities.
     """
     for attempt in range(100):
         rng = random.Random(f"{seed}/{split}/{num_passages}/{kind}/{attempt}")
         writer = _Writer(rng, split, brief=brief)
         if kind == "two-hop":
-            drafts, questions = _two_hop_case(writer, max(num_passages, 2))
+            drafts, questions = _two_hop_case(writer, max(num_passages, 2), chains=chains)
         else:
-            drafts, questions = _one_kind_case(writer, num_passages, unanswerable=kind == "unanswerable", rivals=rivals)
+            drafts, questions = _one_kind_case(writer, num_passages, absent=absent if kind == "unanswerable" else 0, rivals=rivals)
         rng.shuffle(questions)
         questions.sort(key=lambda question: question.kind != kind)
         titles = {draft.subject for draft in drafts}

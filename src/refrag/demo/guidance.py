@@ -2,14 +2,15 @@
 
 Tiny decoders find out very late that the name in a question stands for the passage with that title, and which vector holds an
 answer. So while the bundled decoder is trained, the first heads of `CITE_LAYER` are rewarded for looking, from the slot before
-a citation, at the header (`[2] Title`) of the passage cited, and those of `READ_LAYER`, from the slot before the answer's
-words, at the compressed chunks that hold them. The loss is the negative log of that attention; what the model computes is unchanged.
+a citation, at the headers (`[2] Title`) with the title of the passage cited, and those of `READ_LAYER`, from there and from the
+slot before each token of the answer's words, at the place it is copied from: the token in its passage, or the vector of the
+chunk that holds it. (A header stands before its passage and cannot say what the passage states.) The loss is the negative log of that attention; what the model computes is unchanged.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,24 +34,22 @@ class Guide:
             layer.guide = self
         model.set_attn_implementation(NAME)
 
-    def set(self, slot_ids: Tensor, labels: Tensor, segments: Tensor, held: Tensor | None = None) -> None:
+    def set(self, slot_ids: Tensor, labels: Tensor, segments: Tensor, pointers: Tensor, titles: Tensor) -> None:
         """`slot_ids` [batch slot] (-1 for a vector or padding), `labels` and `segments` as the trainer has them.
 
-        `held` [pair 3]: row, number of a question, slot of a compressed chunk that holds its answer.
+        `pointers` [pair 3]: row, slot that predicts a token of an answer, slot that holds it. `titles` [batch 9]: which title
+        each number of a passage has.
         """
         headers = self._headers(torch.where(segments == 0, slot_ids, -1))
         cited = torch.where((labels > 0) & (segments > 0), self.number_of[labels.clamp(min=0)], 0)
         batch, slot = cited[:, 1:].nonzero(as_tuple=True)  # the slot before each citation
         self.losses = {}
-        self.plan = {CITE_LAYER: (batch, slot, headers[batch] == cited[batch, slot + 1][:, None])} if len(batch) else {}
-        if held is not None and len(held):
-            words = (labels > 0) & (segments > 0) & (cited == 0)
-            starts = {(row, number): words[row].logical_and(segments[row] == number).long().argmax() - 1 for row, number in {tuple(pair[:2]) for pair in held.tolist()}}
-            rows = {key: place for place, key in enumerate(starts)}
-            targets = torch.zeros(len(rows), labels.shape[1], dtype=torch.bool)
-            for row, number, slot_of_chunk in held.tolist():
-                targets[rows[row, number], slot_of_chunk] = True
-            self.plan[READ_LAYER] = (torch.tensor([row for row, _ in starts]), torch.stack(list(starts.values())), targets)
+        title = titles.gather(1, headers)  # 0 outside headers
+        wanted = titles[batch, cited[batch, slot + 1]]
+        self.plan = {CITE_LAYER: (batch, slot, title[batch] == wanted[:, None])} if len(batch) else {}
+        if len(pointers):
+            row, predicting, holding = pointers.T
+            self.plan[READ_LAYER] = (row, predicting, nn.functional.one_hot(holding, labels.shape[1]).bool())
 
     def _headers(self, slot_ids: Tensor) -> Tensor:
         """The number of the passage whose header a slot belongs to, 0 elsewhere."""

@@ -4,25 +4,25 @@ A curriculum is data: phases, and in each what cases look like. Exact resume fol
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
-from ..encoder import encoder_inputs
-from ..layout import IGNORED, PADDING, Layout, lay_out
+from ..layout import IGNORED
 from ..model import RefragModel
 from ..text import Chunk, Passage, Prompt, PromptBuilder
+from ..training.batches import ROUND, layout_batch, place_completions
 from .almanac import Case, Kind, Question, make_case
+
+MAX_PASSAGES = 8
+"""The almanac's tokenizer keeps the numbers [1] to [8] whole."""
 
 CONTEXT_WEIGHT = 0.1
 """Loss weight of a token of the passages, against 1 for a token of an answer."""
-
-ROUND = 64
-"""Batches are padded to multiples of this."""
 
 
 
@@ -37,6 +37,12 @@ class Phase(NamedTuple):
     """Share of cases in which each passage is another entity's, all with the same relations."""
     brief: float = 0.0
     """Share of batches without filler sentences."""
+    kinds: tuple[float, float, float] = (2, 2, 1)
+    """Weights of one-hop, two-hop and unanswerable cases."""
+    chains: float = 0.0
+    """Share of the two-hop cases that are full of chains."""
+    absent: int = 1
+    """Most passages left out of an unanswerable case."""
 
 
 READING = (
@@ -57,6 +63,15 @@ MIXED = (
     Phase(10**9, {1: 0.05, 2: 0.15, 4: 0.3, 8: 0.5}, rivals=0.2),
 )
 
+POLISH = (
+    Phase(300, {2: 0.3, 4: 0.5, 8: 0.2}, rivals=0.1, kinds=(1, 2, 1), chains=0.7, absent=2),
+    Phase(10**9, {2: 0.05, 4: 0.25, 8: 0.7}, rivals=0.1, kinds=(2, 2, 1.2), chains=0.6, absent=3),
+)
+"""Further training, once single facts are found: chains of two facts, whose first answer is said too, and more that is not there."""
+
+ANSWER_WEIGHTS = {"one-hop": 1.0, "two-hop": 2.0, "unanswerable": 1.5}
+"""Loss weight of an answer's tokens by kind of question: there are about ten single facts to each of the others."""
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -68,11 +83,27 @@ class Lesson:
     """One entry a token of the completion: 0 for a question's token, n for a token of the n-th answer."""
     segments: list[int]
     """One entry a token of prompt (every chunk expanded) and completion: 0 for the context, n for the n-th question and its answer."""
+    weights: list[float]
+    """Loss weight of each answer, the first at 0."""
+    pointers: list[tuple[int, int, int]]
+    """For each token of an answer that stands in a passage: its place in the completion, the chunk and the place in the chunk that it is copied from.
+
+    A citation points where the first of the words that follow it does.
+    """
+    titles: list[int]
+    """For each number of a passage, from [0] on: which title it has; 0 where there is none."""
 
 
 def cited(question: Question) -> str:
-    """The answer as the model is to give it: the numbers of the passages it rests on, in the order of the hops, then the words."""
-    return "".join(f"[{position + 1}]" for position in question.gold) + f" {question.answer}"
+    """The answer as the model is to give it: for each hop the number of its passage, then the words found there; or `unknown`."""
+    if not question.gold:
+        return f" {question.answer}"
+    return " ".join(f"[{position + 1}] {words}" for position, words in zip(question.gold, findings(question), strict=True))
+
+
+def findings(question: Question) -> list[str]:
+    """What each hop finds."""
+    return [*filter(None, (question.bridge,)), question.answer]
 
 
 class Lessons:
@@ -86,17 +117,62 @@ class Lessons:
         """All questions of a case in one row: the passages are read once and asked about many times."""
         questions = case.questions[:max_questions]
         prompt = self.builder.build(questions[0].text, case.passages)
-        texts = [f"Question: {question.text}\nAnswer:" for question in questions[1:]] + [cited(question) for question in questions]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        asked, answered = [[], *ids[: len(questions) - 1]], ids[len(questions) - 1 :]
-        completion, answers = [], []
-        num_asked = len(self.tokenizer(f"Question: {questions[0].text}\nAnswer:", add_special_tokens=False)["input_ids"])
-        segments = [0] * (len(prompt.token_ids()) - num_asked) + [1] * num_asked
-        for number, (question_ids, answer_ids) in enumerate(zip(asked, answered, strict=True), start=1):
+        texts = [f"Question: {question.text}\nAnswer:" for question in questions] + [cited(question) for question in questions]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"][len(questions) :]
+        asked, answered = ids[: len(questions)], ids[len(questions) :]
+        sources = _Sources(self.tokenizer, prompt)
+        segments = [0] * (len(prompt.token_ids()) - len(asked[0])) + [1] * len(asked[0])
+        completion, answers, pointers = [], [], []
+        for number, (question, answer_ids) in enumerate(zip(questions, answered, strict=True), start=1):
+            question_ids = asked[number - 1] if number > 1 else []
+            start = len(completion) + len(question_ids)
+            pointers += [(start + at, *source) for at, source in sources.of(question, offsets[number - 1])]
             completion += [*question_ids, *answer_ids, self.tokenizer.eos_token_id]
             answers += [0] * len(question_ids) + [number] * (len(answer_ids) + 1)
             segments += [number] * (len(question_ids) + len(answer_ids) + 1)
-        return Lesson(prompt, completion, answers, segments)
+        return Lesson(prompt, completion, answers, segments, [ANSWER_WEIGHTS[question.kind] for question in questions], pointers, titles_of(case))
+
+
+def titles_of(case: Case) -> list[int]:
+    """`Lesson.titles` of a case."""
+    known = list(dict.fromkeys(passage.title for passage in case.passages))
+    return [0, *(known.index(passage.title) + 1 for passage in case.passages)] + [0] * (MAX_PASSAGES - len(case.passages))
+
+
+class _Sources:
+    """Finds where in the passages the tokens of an answer stand."""
+
+    def __init__(self, tokenizer: Any, prompt: Prompt) -> None:
+        encoded = tokenizer([passage.text for passage in prompt.passages], add_special_tokens=False, return_offsets_mapping=True)
+        self.starts = [[start for start, _ in offsets] for offsets in encoded["offset_mapping"]]
+        self.first = [next((chunk.index for chunk in prompt.chunks if chunk.passage == number), 0) for number in range(len(prompt.passages))]
+        self.chunk_size = len(prompt.chunks[0].token_ids)
+
+    def of(self, question: Question, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
+        """(token of the answer, (chunk, place in it)); `offsets` are the characters of the answer's tokens."""
+        found, end, text = [], 0, cited(question)
+        for words, (passage, start, _) in zip(findings(question), question.hops, strict=bool(question.hops)):
+            begin = text.index(f"] {words}", end) + 2
+            end = begin + len(words)
+            for at, (left, right) in enumerate(offsets):
+                if left < end and right > begin:
+                    token = bisect_right(self.starts[passage], start + max(left, begin) - begin) - 1
+                    source = (self.first[passage] + token // self.chunk_size, token % self.chunk_size)
+                    found += [(at - 1, source), (at, source)] if left <= begin else [(at, source)]
+        return found
+
+
+def pointer_slots(lesson: Lesson, mask: Sequence[bool], *, row: int) -> list[tuple[int, int, int]]:
+    """(row, slot that predicts a token of an answer, slot that holds it: the token itself or the vector of its chunk), right-padded."""
+    begins, slot = {}, 0
+    for piece in lesson.prompt.pieces:
+        if isinstance(piece, Chunk):
+            begins[piece.index] = slot
+            slot += len(piece.token_ids) if mask[piece.index] else 1
+        else:
+            slot += len(piece)
+    return [(row, slot + at - 1, begins[chunk] + (place if mask[chunk] else 0)) for at, chunk, place in lesson.pointers]
 
 
 def draw_cases(seed: int, step: int, *, phases: Sequence[Phase], batch_passages: int) -> list[Case]:
@@ -105,13 +181,15 @@ def draw_cases(seed: int, step: int, *, phases: Sequence[Phase], batch_passages:
     phase = next(phase for phase in phases if step < phase.until)
     size = rng.choices(list(phase.sizes), weights=list(phase.sizes.values()))[0]
     brief = rng.random() < phase.brief
-    kinds: list[Kind] = ["one-hop"] if size < 2 else ["one-hop", "one-hop", "two-hop", "two-hop", "unanswerable"]
+    names: tuple[Kind, ...] = ("one-hop", "two-hop", "unanswerable")
     count = max(1, batch_passages * (2 if brief else 1) // size)
     cases = []
     for i in range(count):
         rivals = rng.random() < phase.rivals
-        kind = rng.choice(("one-hop", "one-hop", "one-hop", "unanswerable") if rivals else kinds)
-        cases.append(make_case(f"{seed}-{step}-{i}", num_passages=size, kind=kind, rivals=rivals, brief=brief))
+        weights = (1, 0, 0) if size < 2 and not rivals else (3, 0, 1) if rivals else phase.kinds
+        kind = rng.choices(names, weights=weights)[0]
+        chains, absent = rng.random() < phase.chains, min(rng.randint(1, phase.absent), size)
+        cases.append(make_case(f"{seed}-{step}-{i}", num_passages=size, kind=kind, rivals=rivals, brief=brief, chains=chains, absent=absent))
     return cases
 
 
@@ -131,33 +209,24 @@ class ReadingSteps(Dataset):
         width = -(-max(len(ids) + len(lesson.completion) for ids, lesson in rows) // ROUND) * ROUND
         input_ids = torch.full((len(rows), width), self.lessons.tokenizer.pad_token_id)
         labels, answers, segments = torch.full_like(input_ids, IGNORED), torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        weights = torch.zeros(input_ids.shape)
+        weights, pointers = torch.zeros(input_ids.shape), []
         for row, (ids, lesson) in enumerate(rows):
+            pointers += pointer_slots(lesson, [True] * len(lesson.prompt.chunks), row=row)
             start, end = len(ids), len(ids) + len(lesson.completion)
             input_ids[row, :end] = torch.tensor(ids + lesson.completion)
             labels[row, :end] = input_ids[row, :end]
             answers[row, start:end] = torch.tensor(lesson.answers)
             segments[row, :end] = torch.tensor(lesson.segments)
             weights[row, :start] = CONTEXT_WEIGHT
-            weights[row, start:end] = (answers[row, start:end] > 0).float()
-        return {"input_ids": input_ids, "labels": labels, "loss_weights": weights, "answers": answers, "segments": segments, "name": f"read-{len(cases[0].passages)}"}
+            weights[row, start:end] = torch.tensor(answer_weights(lesson))
+        guided = {"pointers": torch.tensor(pointers).reshape(-1, 3), "titles": torch.tensor([lesson.titles for lesson in lessons])}
+        batch = {"input_ids": input_ids, "labels": labels, "loss_weights": weights, "answers": answers, "segments": segments}
+        return batch | guided | {"name": f"read-{len(cases[0].passages)}"}
 
 
-def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[bool]], **targets: Any) -> dict[str, Any]:
-    """What `RefragModel.forward` takes for right-padded rows: the layout, and the encoder's inputs where a chunk is compressed.
-
-    Slots and chunks are padded to round numbers: kernels are compiled once per shape.
-    """
-    layout = lay_out(prompts, masks, padding_side="right", **targets)
-    extra = -layout.source.shape[1] % ROUND
-    source, labels = nn.functional.pad(layout.source, (0, extra), value=PADDING), nn.functional.pad(layout.labels, (0, extra), value=IGNORED)
-    batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels, num_chunks=0), "labels": labels}
-    if all(map(all, masks)):
-        return batch
-    texts = [text for prompt in prompts for text in prompt.chunk_texts()]
-    ids, mask = encoder_inputs(model.encoder, model.encoder_tokenizer, texts + [""] * (-len(texts) % ROUND))
-    batch["layout"] = replace(batch["layout"], num_chunks=len(ids))
-    return batch | {"encoder_input_ids": ids, "encoder_attention_mask": mask}
+def answer_weights(lesson: Lesson) -> list[float]:
+    """One loss weight a token of the completion; 0 for a question's."""
+    return [lesson.weights[n - 1] if n else 0.0 for n in lesson.answers]
 
 
 class ReconstructionSteps(Dataset):
@@ -206,8 +275,9 @@ class MixedSteps(Dataset):
     batch is a reconstruction, which keeps the vectors faithful now that the decoder moves too.
     """
 
-    def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 1, batch_passages: int = 32, full: float = 0.25) -> None:
-        self.model, self.num_steps, self.seed, self.batch_passages, self.full = model, num_steps, seed, batch_passages, full
+    def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 1, batch_passages: int = 32, phases: Sequence[Phase] = MIXED, full: float = 0.25) -> None:
+        self.model, self.num_steps, self.seed, self.batch_passages = model, num_steps, seed, batch_passages
+        self.phases, self.full = phases, full
         self.lessons = Lessons(model.tokenizer, model.config.chunk_size)
         self.reconstruction = ReconstructionSteps(model, num_steps=num_steps, seed=seed)
 
@@ -217,20 +287,22 @@ class MixedSteps(Dataset):
     def __getitem__(self, step: int) -> dict[str, Any]:
         if step % 5 == 4:
             return self.reconstruction[step]
-        cases = draw_cases(self.seed, step, phases=MIXED, batch_passages=self.batch_passages)
+        cases = draw_cases(self.seed, step, phases=self.phases, batch_passages=self.batch_passages)
         rng = random.Random(f"mixed-{self.seed}-{step}")
         how = rng.choices(("full", "none", "some", "gold"), weights=(self.full, 0.3, 0.15, 0.3))[0]
         lessons = [self.lessons.lesson(case) for case in cases]
         masks = [self._expand(rng, how, lesson.prompt, case) for lesson, case in zip(lessons, cases, strict=True)]
         batch = self.batch(lessons, masks)
-        return batch | {"held": held_by(batch["layout"], lessons, cases), "name": f"{how}-{len(cases[0].passages)}"}
+        pointers = [pair for row, (lesson, mask) in enumerate(zip(lessons, masks, strict=True)) for pair in pointer_slots(lesson, mask, row=row)]
+        titles = torch.tensor([lesson.titles for lesson in lessons])
+        return batch | {"pointers": torch.tensor(pointers).reshape(-1, 3), "titles": titles, "name": f"{how}-{len(cases[0].passages)}"}
 
     def _expand(self, rng: random.Random, how: str, prompt: Prompt, case: Case) -> list[bool]:
         share = {"full": 1.0, "none": 0.0}.get(how, rng.choice((0.05, 0.1, 0.2)))
         mask = [rng.random() < share for _ in prompt.chunks]
         if how == "gold":
             asked = rng.sample(case.questions, k=max(1, len(case.questions) // 4))
-            mask = [old or gold for old, gold in zip(mask, answer_chunks(prompt, asked), strict=True)]
+            mask = [old or gold for old, gold in zip(mask, evidence_chunks(prompt, asked), strict=True)]
         return mask
 
     def batch(self, lessons: list[Lesson], masks: list[list[bool]]) -> dict[str, Any]:
@@ -238,29 +310,22 @@ class MixedSteps(Dataset):
         labels = [[token if n else IGNORED for token, n in zip(x.completion, x.answers, strict=True)] for x in lessons]
         batch = layout_batch(self.model, [x.prompt for x in lessons], masks, completions=[x.completion for x in lessons], labels=labels)
         answers, segments = torch.zeros_like(batch["labels"]), torch.zeros_like(batch["labels"])
+        weights = place_completions(batch["layout"], [answer_weights(lesson) for lesson in lessons], width=answers.shape[1])
         for row, (lesson, slots) in enumerate(zip(lessons, batch["layout"].num_slots, strict=True)):
             answers[row, slots - len(lesson.completion) : slots] = torch.tensor(lesson.answers)
             asked = lesson.segments[lesson.segments.index(1) :]
             segments[row, slots - len(asked) : slots] = torch.tensor(asked)
-        return batch | {"answers": answers, "segments": segments}
+        return batch | {"answers": answers, "segments": segments, "loss_weights": weights}
 
 
-def held_by(layout: Layout, lessons: list[Lesson], cases: list[Case]) -> torch.Tensor:
-    """[pair 3]: row, number of a question, slot of a compressed chunk that holds (part of) its answer."""
-    pairs, offset = [], len(layout.token_ids)
-    for row, (lesson, case) in enumerate(zip(lessons, cases, strict=True)):
-        slot_of = {source - offset: slot for slot, source in enumerate(layout.source[row].tolist()) if source >= offset}
-        first = sum(len(other.prompt.chunks) for other in lessons[:row])
-        for number in range(1, max(lesson.segments) + 1):
-            marked = answer_chunks(lesson.prompt, [case.questions[number - 1]])
-            pairs += [(row, number, slot_of[first + at]) for at, held in enumerate(marked) if held and first + at in slot_of]
-    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
-
-
-def answer_chunks(prompt: Prompt, questions: Sequence[Question]) -> list[bool]:
-    """Which chunks overlap the answer of one of the questions."""
-    spans = [(question.gold[-1], *question.span) for question in questions if question.span]
+def overlapping(prompt: Prompt, spans: Sequence[tuple[int, int, int]]) -> list[bool]:
+    """Which chunks overlap one of the (passage, start, end)."""
     return [any(chunk.passage == passage and chunk.start < end and start < chunk.end for passage, start, end in spans) for chunk in prompt.chunks]
+
+
+def evidence_chunks(prompt: Prompt, questions: Sequence[Question]) -> list[bool]:
+    """Which chunks hold what one of the questions needs: its answer, and the bridge of two hops."""
+    return overlapping(prompt, [hop for question in questions for hop in question.hops])
 
 
 class PolicySteps(Dataset):
@@ -274,7 +339,7 @@ class PolicySteps(Dataset):
         return self.num_steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        case = make_case(f"policy-{self.seed}-{step}", num_passages=(8, 8, 4, 2)[step % 4], kind=("one-hop", "two-hop")[step % 3 == 0])
+        case = make_case(f"policy-{self.seed}-{step}", num_passages=(8, 8, 4, 2)[step % 4], kind=("one-hop", "two-hop")[step % 3 == 0], chains=step % 2 == 0)
         questions = [question for question in case.questions if question.gold]
         prompt = self.builder.build(questions[0].text, case.passages)
         vectors = self.model.encode(prompt.chunk_texts() + [question.text for question in questions])
@@ -285,13 +350,5 @@ class PolicySteps(Dataset):
             "chunk_mask": torch.ones(rows, len(chunks), dtype=torch.bool),
             "question_embeds": asked,
             "passage_index": torch.tensor([chunk.passage for chunk in prompt.chunks]).expand(rows, -1),
-            "gold": torch.tensor([answer_chunks(prompt, evidence(case, question)) for question in questions]),
+            "gold": torch.tensor([evidence_chunks(prompt, [question]) for question in questions]),
         }
-
-
-def evidence(case: Case, question: Question) -> list[Question]:
-    """The question itself and, for two hops, the first hop: the question about the bridge passage whose answer names the second."""
-    if question.kind != "two-hop":
-        return [question]
-    first = question.relation.split(".")[0]
-    return [question, *(other for other in case.questions if other.kind == "one-hop" and other.gold == question.gold[:1] and other.relation == first)]

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, check_whole
 from ..engine import Answer, Refrag, Request
 from ..engine.answer import render_trace
-from ..evaluation.metrics import exact_match, mean_interval, without_citations
+from ..evaluation.metrics import after_citations, exact_match, mean_interval
 from ..index import PassageIndex
 from ..model import load_model
 from .almanac import Case, Question, evaluation_cases
@@ -46,7 +46,7 @@ class Asked:
 
 def ask_all(engine: Refrag, cases: Sequence[tuple[Case, Question]], options: dict[str, Any] | None, *, batch_size: int = 1, progress: Progress | None = None) -> list[Asked]:
     """Every question to one system, over its case's own passages; those in the engine's index come with their stored vectors."""
-    settings = GenerationSettings(max_new_tokens=16, stop=("\n",))
+    settings = GenerationSettings(max_new_tokens=32, stop=("\n",))
     requests = []
     for case, question in cases:
         passages = [] if options is None else case.passages
@@ -56,7 +56,7 @@ def ask_all(engine: Refrag, cases: Sequence[tuple[Case, Question]], options: dic
         answers += engine.answer_batch(requests[start : start + batch_size])
         if progress is not None:
             progress(len(answers) - start)
-    return [Asked(question, answer, exact_match(without_citations(answer.text), [question.answer])) for (_, question), answer in zip(cases, answers, strict=True)]
+    return [Asked(question, answer, exact_match(after_citations(answer.text), [question.answer])) for (_, question), answer in zip(cases, answers, strict=True)]
 
 
 def summarise(asked: Sequence[Asked]) -> dict[str, Any]:

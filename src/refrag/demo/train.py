@@ -3,6 +3,7 @@
     python -m refrag.demo.train reading --output-dir runs/bundled        decoder: full text
     python -m refrag.demo.train reconstruction --output-dir runs/bundled encoder and projector, decoder frozen
     python -m refrag.demo.train mixed --output-dir runs/bundled          everything: vectors, tokens, and both
+    python -m refrag.demo.train polish --output-dir runs/bundled         the same, with chains of facts and what is not there
     python -m refrag.demo.train policy --output-dir runs/bundled         which chunks to expand
     python -m refrag.demo.train export --output-dir runs/bundled         half precision, into the package
 
@@ -20,12 +21,13 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..config import resolve_model
 from ..errors import NotFoundError
 from ..model import RefragModel
 from ..training.policy import PolicyWithGold
 from ..training.trainer import RefragTrainer
 from .guidance import CITE_LAYER, Guide
-from .lessons import Lessons, MixedSteps, PolicySteps, ReadingSteps, ReconstructionSteps
+from .lessons import POLISH, Lessons, MixedSteps, PolicySteps, ReadingSteps, ReconstructionSteps
 from .run import POLICY_FRACTION
 from .tokenizer import train_tokenizers
 
@@ -46,10 +48,11 @@ class AlmanacTrainer(RefragTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The answers' loss, and a share of the attention's."""
+        inputs = dict(inputs)
+        guided = [inputs.pop(name, None) for name in ("pointers", "titles")]
         if self.guide is None or "segments" not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs = dict(inputs)
-        self.guide.set(slot_ids(inputs), inputs["labels"], inputs["segments"], inputs.pop("held", None))
+        self.guide.set(slot_ids(inputs), inputs["labels"], inputs["segments"], *guided)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         for layer, guidance in self.guide.losses.items():
             self._tally("guide-cite" if layer == CITE_LAYER else "guide-read", guidance, torch.zeros(0), None)
@@ -101,9 +104,18 @@ def mixed(args: argparse.Namespace) -> None:
     fit(model, data, args, guide=Guide(model.tokenizer, model.decoder))
 
 
+def polish(args: argparse.Namespace) -> None:
+    """As mixed, from its model or the one given by `--start`: chains of two facts, absent facts, and more of full text."""
+    model = RefragModel.from_pretrained(resolve_model(args.start or args.output_dir / "mixed"), dtype=torch.float32).train()
+    model.requires_grad_(True)
+    policy_of(model).requires_grad_(False)
+    data = MixedSteps(model, num_steps=args.num_steps, seed=args.seed + 5, batch_passages=args.batch_passages, phases=POLISH, full=0.45)
+    fit(model, data, args, guide=Guide(model.tokenizer, model.decoder))
+
+
 def policy(args: argparse.Namespace) -> None:
     """The policy learns from marked evidence to rank chunks for a question; encoder and decoder stay as they are."""
-    model = RefragModel.from_pretrained(args.output_dir / "mixed").eval()
+    model = RefragModel.from_pretrained(args.start or args.output_dir / "polish").eval()
     data, folder = PolicySteps(model, num_steps=args.num_steps, seed=args.seed + 3), args.output_dir / "policy"
     trainer = Trainer(model=PolicyWithGold(policy_of(model)), args=training_arguments(folder, args), train_dataset=data, data_collator=first)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
@@ -176,13 +188,14 @@ def training_arguments(folder: Path, args: argparse.Namespace) -> TrainingArgume
     )  # fmt: skip
 
 
-STAGES = {"reading": reading, "reconstruction": reconstruction, "mixed": mixed, "policy": policy, "export": export}
+STAGES = {"reading": reading, "reconstruction": reconstruction, "mixed": mixed, "polish": polish, "policy": policy, "export": export}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bundled"))
+    parser.add_argument("--start", help="model to go on from, instead of the stage before")
     parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights", help="where export writes")
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--batch-passages", type=int, default=24)

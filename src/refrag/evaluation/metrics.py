@@ -21,6 +21,11 @@ def without_citations(text: str) -> str:
     return _CITATIONS.sub("", text).strip()
 
 
+def after_citations(text: str) -> str:
+    """What follows the last `[2]` in the answer: what is scored when a model cites before each finding."""
+    return _CITATIONS.sub("\0", text).rpartition("\0")[2].strip()
+
+
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals a normalised answer, else 0.0."""
     return float(any(normalize(prediction) == normalize(answer) for answer in answers))
