@@ -1,8 +1,10 @@
 """Fixtures that every test file shares: tokenizers trained on the spot and tiny random networks, no network needed."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="refrag-datasets-"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -101,16 +101,13 @@ class Rows(Dataset):
         return {"input_ids": ids, "labels": ids, "answers": answers, "name": "rows"}
 
 
-class InOrder(RefragTrainer):
-    def _get_train_sampler(self, *args, **kwargs):
-        return None
-
-
-def trainer(folder, make_decoder, *, steps, total=None, decoder=None, **kwargs):
+def trainer(folder, make_decoder, *, steps, total=None, decoder=None, evaluation=None, **kwargs):
     settings = {"per_device_train_batch_size": 1, "learning_rate": 1e-2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "logging_nan_inf_filter": False,
                 "remove_unused_columns": False, "save_steps": 2, "lr_scheduler_type": "constant"}  # fmt: skip
+    names = {"gradient_accumulation_steps", "save_total_limit", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"}
+    settings |= {name: kwargs.pop(name) for name in names & kwargs.keys()}
     args = TrainingArguments(output_dir=str(folder), max_steps=steps, **settings)
-    return InOrder(model=decoder or make_decoder("llama", vocab_size=60), args=args, train_dataset=Rows(total or steps), data_collator=lambda items: items[0], **kwargs)
+    return RefragTrainer(model=decoder or make_decoder("llama", vocab_size=60), args=args, train_dataset=Rows(total or steps), eval_dataset=evaluation, data_collator=lambda items: items[0], **kwargs)
 
 
 @needs_muon
@@ -144,12 +141,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, make_d
     with torch.no_grad():
         decoder.get_input_embeddings().weight.fill_(float("nan"))
     run = trainer(tmp_path, make_decoder, steps=2, decoder=decoder)
-    with pytest.raises(NonFiniteLossError, match=r"nan at step 0 on batch 'rows'.*learning rate"):
+    with pytest.raises(NonFiniteLossError, match=r"The loss was nan\. .* at step 0 on rows rows in fp32, model.embed_tokens.weight .*--learning-rate"):
         run.train()
 
 
 def test_an_unknown_optimizer_is_refused(tmp_path, make_decoder):
-    with pytest.raises(InputError, match="adamw or muon, was 'sgd'"):
+    with pytest.raises(InputError, match="adamw, adamw_8bit or muon, was 'sgd'"):
         trainer(tmp_path, make_decoder, steps=1, optimizer_name="sgd")
 
 
@@ -176,3 +173,89 @@ def test_the_policy_learns_which_chunk_resembles_the_question():
         optimizer.step()
         optimizer.zero_grad()
     assert gold_recall(out["logits"], marked, 1) > 0.6
+
+
+class Halves(Dataset):
+    """Each item of Rows as two micro-batches of one row."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, item):
+        batch = Rows(4)[item // 2]
+        return {key: value if key == "name" else value[item % 2 : item % 2 + 1] for key, value in batch.items()}
+
+
+def test_accumulated_passes_are_averaged(tmp_path, make_decoder):
+    whole = trainer(tmp_path / "whole", make_decoder, steps=4)
+    whole.train()
+    halves = trainer(tmp_path / "halves", make_decoder, steps=4, gradient_accumulation_steps=2)
+    halves.train_dataset = Halves()
+    halves.train()
+    losses = [[row["loss"] for row in run.state.log_history if "loss" in row] for run in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+def test_evaluation_by_hand(tmp_path, make_decoder):
+    run = trainer(tmp_path, make_decoder, steps=1, evaluation=Rows(3))
+    metrics = run.evaluate()
+    losses, correct = [], []
+    for item in range(3):
+        ids = Rows(3)[item]["input_ids"]
+        with torch.no_grad():
+            log_probs = run.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        losses.append(-log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1))
+        correct.append(log_probs.argmax(-1) == ids[:, 1:])
+    assert metrics["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert metrics["eval_token_accuracy"] == pytest.approx(torch.cat(correct).float().mean().item(), abs=1e-5)
+    assert metrics["eval_exact_match"] == 0.0 and metrics["eval_tokens"] == 3 * 2 * 11
+    assert [bool(run.evaluate()) and run.model.train(mode).training == mode for mode in (True, False)] == [True, True]
+
+
+def test_the_log_holds_speed_and_memory(tmp_path, make_decoder):
+    run = trainer(tmp_path, make_decoder, steps=2)
+    run.train()
+    row = next(row for row in run.state.log_history if "loss" in row)
+    assert row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 1e6
+
+
+def test_the_latest_checkpoints_and_the_best_one_are_kept(tmp_path, make_decoder):
+    more = {"save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    run = trainer(tmp_path, make_decoder, steps=8, evaluation=Rows(1), **more)
+    run.train()
+    best = run.state.best_global_step
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8", f"checkpoint-{best}"}
+    assert (tmp_path / "best").resolve().name == f"checkpoint-{best}" and not (tmp_path / ".saving").exists()
+    losses = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
+    assert losses[best] == min(losses.values()) and run.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-5)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, make_decoder, monkeypatch):
+    run = trainer(tmp_path, make_decoder, steps=6)
+    save = torch.save
+
+    def full(content, path, *args, **kwargs):
+        if run.state.global_step >= 4:
+            raise OSError(28, "No space left on device")
+        save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"The checkpoint of step 4 could not be written .* the disk is full \(the last good checkpoint is checkpoint-2\): free some space"):
+        run.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    rest = trainer(tmp_path, make_decoder, steps=6)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    whole = trainer(tmp_path / "whole", make_decoder, steps=6)
+    whole.train()
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, make_decoder):
+    run = trainer(tmp_path, make_decoder, steps=2)
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    last = run.model.model.layers[0].mlp.down_proj
+    last.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteLossError, match=r"The gradient norm was (inf|nan)\. .*layers.0.mlp.down_proj"):
+        run.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))

@@ -1,6 +1,7 @@
 """The command line: parsing and printing only. Data goes to stdout, messages to stderr; torch is imported when a command runs.
 
-Exit status: 0 done, 1 something is wrong with an index (`index verify`) or a bug, 2 wrong input, 130 interrupted.
+Exit status: 0 done, 1 something is wrong with an index (`index verify`) or a training (`doctor`), or a bug, 2 wrong input,
+130 interrupted, 143 a training was told to stop (SIGTERM) and has saved.
 """
 
 import errno
@@ -12,21 +13,25 @@ from contextlib import redirect_stderr
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import subcommand
+from tyro.conf import FlagCreatePairsOff, subcommand
 
 from .. import __version__
 from ..errors import RefragError
 from .ask import Ask, Bench, Demo, Info
 from .index import Index
+from .train import Doctor, Train, Tune, with_config
 
 DESCRIPTION = "Answers from retrieved passages that are compressed into vectors and expanded only where it matters (REFRAG)."
 
 Command = (
-    Annotated[Index, subcommand("index")]
-    | Annotated[Ask, subcommand("ask")]
-    | Annotated[Demo, subcommand("demo")]
-    | Annotated[Info, subcommand("info")]
-    | Annotated[Bench, subcommand("bench")]
+    Annotated[Index, subcommand("index"), FlagCreatePairsOff]
+    | Annotated[Ask, subcommand("ask"), FlagCreatePairsOff]
+    | Annotated[Train, subcommand("train")]  # its flags have pairs: each must be able to win over a file
+    | Annotated[Tune, subcommand("tune"), FlagCreatePairsOff]
+    | Annotated[Doctor, subcommand("doctor"), FlagCreatePairsOff]
+    | Annotated[Demo, subcommand("demo"), FlagCreatePairsOff]
+    | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
+    | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
 )
 
 
@@ -52,20 +57,20 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _parse(args: Sequence[str] | None) -> Any:
     """The command to run. Settings that refuse their values raise InputError; for tyro's own errors and --help it ends the process."""
-    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+    args = list(sys.argv[1:] if args is None else args)
+    if args == ["--version"]:
         print(f"refrag {__version__}")
         raise SystemExit(0)
     said = io.StringIO()
     config = (
         tyro.conf.OmitArgPrefixes,
         tyro.conf.OmitSubcommandPrefixes,
-        tyro.conf.FlagCreatePairsOff,
         tyro.conf.PositionalMetavarFromFieldName,
         tyro.conf.DisallowNone,
     )
     try:
         with redirect_stderr(said):
-            return tyro.cli(Command, args=args, prog="refrag", description=DESCRIPTION, config=config)
+            return tyro.cli(Command, args=with_config(args), prog="refrag", description=DESCRIPTION, config=config)
     except SystemExit as end:
         cause: BaseException | None = end
         while cause is not None:  # tyro wraps what a dataclass says about its values in a box of its own

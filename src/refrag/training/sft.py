@@ -1,0 +1,129 @@
+"""Stage 3, fine-tuning on questions with passages: gold ones and distractors, shuffled; random budgets; loss on the answer only."""
+
+import logging
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ..errors import InputError
+from ..model import RefragModel
+from ..text import Passage, Prompt, PromptBuilder
+from .batches import layout_batch
+from .data import Question, load
+from .documents import items_per_step, steps_of
+from .fit import StageData, fit, freeze, trainable_policy
+from .settings import SftSettings
+
+logger = logging.getLogger(__name__)
+
+
+def answer_ids(tokenizer: Any, builder: PromptBuilder, answer: str, *, max_tokens: int) -> list[int]:
+    """Token ids of an answer and of the end: after a chat template as it is, after the plain template with a space before."""
+    text = answer if tokenizer.chat_template else f" {answer}"
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return builder.encode(text)[: max_tokens - len(end)] + end
+
+
+def choose_passages(question: Question, *, num_passages: int, rng: random.Random) -> tuple[list[Passage], list[bool] | None]:
+    """The gold passages and distractors up to `num_passages`, shuffled, and which of them are gold (None: not marked)."""
+    places = list(range(len(question.passages)))
+    if question.gold is not None:
+        gold = [place for place in places if question.gold[place]]
+        rest = [place for place in places if not question.gold[place]]
+        places = gold + rng.sample(rest, k=len(rest))
+    chosen = places[:num_passages]
+    rng.shuffle(chosen)
+    marked = None if question.gold is None else [question.gold[place] for place in chosen]
+    return [question.passages[place] for place in chosen], marked
+
+
+def answer_chunks(prompt: Prompt, answers: Sequence[str], gold: Sequence[bool] | None = None) -> list[bool]:
+    """Which chunks overlap a place where one of the answers stands, upper or lower case, in the gold passages (all, if none is marked).
+
+    `gold` has one entry a passage of the last turn; they are the last of the prompt's passages.
+    """
+    first = 0 if gold is None else len(prompt.passages) - len(gold)
+    spans = []
+    for number, passage in enumerate(prompt.passages):
+        if gold is None or (number >= first and gold[number - first]):
+            spans += [(number, start, start + len(answer)) for answer in answers if answer for start in _places(passage.text.lower(), answer.lower())]
+    return [any(chunk.passage == number and chunk.start < end and start < chunk.end for number, start, end in spans) for chunk in prompt.chunks]
+
+
+def _places(text: str, answer: str) -> list[int]:
+    """Where the answer stands as words of their own."""
+    return [found.start() for found in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text)]
+
+
+class QuestionBatches(Dataset):
+    """Item i is micro-batch i: `batch_size` questions, pass after pass over all, each pass in another order."""
+
+    def __init__(self, model: RefragModel, questions: Sequence[Question], settings: SftSettings, *, num_items: int) -> None:
+        self.model, self.questions, self.settings, self.num_items = model, questions, settings, num_items
+        self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
+        self._order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((settings.seed, epoch)).permutation(len(questions)))
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        rows = [self._row(item * self.settings.batch_size + row) for row in range(self.settings.batch_size)]
+        prompts, masks, completions, names, ids = (list(column) for column in zip(*rows, strict=True))
+        batch = layout_batch(self.model, prompts, masks, encode_all=True, completions=completions)
+        return batch | {"name": list(dict.fromkeys(names)), "rows": ids}
+
+    def _row(self, row: int) -> tuple[Prompt, list[bool], list[int], str, str]:
+        """(prompt, expand mask, completion, how it is expanded, id) of one row."""
+        epoch, place = divmod(row, len(self.questions))
+        question = self.questions[int(self._order(epoch)[place])]
+        rng = random.Random(f"sft-{self.settings.seed}-{row}")
+        passages, gold = choose_passages(question, num_passages=self.settings.num_passages, rng=rng)
+        prompt = self.builder.build(question.question, passages, system=question.system, history=question.history)
+        mask, how = self._mask(prompt, question, gold, rng)
+        completion = answer_ids(self.model.tokenizer, self.builder, question.answers[0], max_tokens=self.settings.max_answer_tokens)
+        return prompt, mask, completion, how, question.id
+
+    def _mask(self, prompt: Prompt, question: Question, gold: list[bool] | None, rng: random.Random) -> tuple[list[bool], str]:
+        shares = self.settings
+        how = rng.choices(
+            ("full", "none", "gold", "some"),
+            weights=(shares.full_share, shares.none_share, shares.gold_share, 1 - shares.full_share - shares.none_share - shares.gold_share),
+        )[0]
+        if how in ("full", "none"):
+            return [how == "full"] * len(prompt.chunks), how
+        if how == "gold":
+            return answer_chunks(prompt, question.answers, gold), how
+        count = int(rng.uniform(*shares.expand_range) * len(prompt.chunks) + 1e-9)
+        expanded = set(rng.sample(range(len(prompt.chunks)), k=count))
+        return [place in expanded for place in range(len(prompt.chunks))], how
+
+
+def run(settings: SftSettings) -> dict[str, Any]:
+    """Train, or go on, and write `model/`; returns the result that result.json holds.
+
+    Raises InputError for settings and data that cannot be trained with, NonFiniteLossError when the loss stops being a number.
+    """
+    return fit(settings, "sft", prepare)
+
+
+def prepare(model: RefragModel, settings: SftSettings) -> StageData:
+    """Everything but the policy is trained; returns the data."""
+    freeze(trainable_policy(model))
+    if settings.streaming:
+        raise InputError("Fine-tuning reads its questions whole, --streaming is for documents: leave it out.")
+    loaded = load(settings, "questions")
+    num_steps = steps_of(settings, len(loaded.train))
+    train = QuestionBatches(model, loaded.train, settings, num_items=num_steps * items_per_step(settings))
+    evaluation = None
+    if len(loaded.evaluation) and settings.eval_rows:
+        held_out = replace(settings, seed=settings.seed + 1, batch_size=min(settings.batch_size, len(loaded.evaluation)))
+        num_items = max(1, min(settings.eval_rows, len(loaded.evaluation)) // held_out.batch_size)
+        evaluation = QuestionBatches(model, loaded.evaluation, held_out, num_items=num_items)
+    logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in loaded.counts.items()))
+    return StageData(train, evaluation, num_steps, loaded.counts)
