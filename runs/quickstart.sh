@@ -27,7 +27,7 @@ from pathlib import Path
 from refrag.demo.almanac import write_dataset
 
 folder, num_questions = Path(sys.argv[1]), int(sys.argv[2])
-write_dataset(folder / "questions.jsonl", 400, split="train")
+write_dataset(folder / "questions.jsonl", 400, split="train", cite=True)
 write_dataset(folder / "held-out.jsonl", num_questions, split="held-out")
 with (folder / "questions.jsonl").open() as rows, (folder / "documents.jsonl").open("w") as documents:
     for row in map(json.loads, rows):

@@ -246,6 +246,8 @@ def test_short_texts(model, batches):
     assert report["problems"] == [
         "1,000 of 1,200 texts are shorter than 64 tokens, and are left out: lower --max-chunks or --chunk-size, or pass --short-documents pack."
     ]
+    report = doctor(model, batches, steps=1, precisions=("fp32",), texts={"too_short": 2})
+    assert report["problems"][0].startswith("2 texts are shorter than a window, and are left out")
 
 
 # ── devices ──────────────────────────────────────────────────────────────────────────────────────────────────────────

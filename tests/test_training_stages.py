@@ -21,7 +21,7 @@ from refrag.training.cpt import ContinualPretraining
 from refrag.training.data import Document, Question
 from refrag.training.reconstruction import Reconstruction
 from refrag.training.settings import CptSettings, ReconstructionSettings, SftSettings
-from refrag.training.sft import QuestionBatches, answer_chunks, choose_passages
+from refrag.training.sft import QuestionBatches, answer_chunks, choose_passages, renumbered
 
 WORDS = ("harbour", "lamp", "mill", "town", "coast", "ship", "stone", "river", "field", "north", "old", "burned", "lies", "founded", "people")
 
@@ -184,6 +184,22 @@ def test_gold_passages_stay_and_all_are_shuffled():
         assert len(passages) == 3 and sum(gold) == 1 and passages[gold.index(True)].id == "p2"
         places.add(gold.index(True))
     assert places == {0, 1, 2}
+
+
+def test_citations_follow_the_passages_when_they_are_shuffled():
+    from refrag.text import Turn
+
+    row = question()
+    shuffled = [row.passages[2], row.passages[0], row.passages[5]]
+    assert renumbered("[3] 1702 [6] x [99] y", row, shuffled) == "[1] 1702 [3] x [99] y"
+    later = replace(row, history=(Turn("user", "Hello?", (PASSAGES[1],)), Turn("assistant", "Yes.")))
+    assert renumbered("[3] 1702", later, shuffled) == "[2] 1702"
+
+
+def test_a_short_answer_is_found_as_a_word_of_its_own(builder):
+    prompt = builder.build("?", [Passage("a", "The north is cold, no doubt.")])
+    marked = answer_chunks(prompt, ["no"])
+    assert [text for text, held in zip(prompt.chunk_texts(), marked, strict=True) if held] and not marked[0]
 
 
 def test_the_answers_chunks_overlap_it_in_gold_passages_only(builder):

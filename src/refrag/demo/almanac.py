@@ -271,9 +271,25 @@ def evaluation_cases(num_questions: int, *, split: Split = "held-out", num_passa
         yield case, case.questions[0]
 
 
-def write_dataset(path: Path, num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0) -> None:
-    """The same questions as JSON lines `{id, question, answers, kind, passages: [{id, title, text, is_gold}]}`."""
+def cited(question: Question) -> str:
+    """The answer as the model is to give it: for each hop the number of its passage, then the words found there; or `unknown`."""
+    if not question.gold:
+        return f" {question.answer}"
+    return " ".join(f"[{position + 1}] {words}" for position, words in zip(question.gold, findings(question), strict=True))
+
+
+def findings(question: Question) -> list[str]:
+    """What each hop finds."""
+    return [*filter(None, (question.bridge,)), question.answer]
+
+
+def write_dataset(path: Path, num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0, cite: bool = False) -> None:
+    """The same questions as JSON lines `{id, question, answers, kind, passages: [{id, title, text, is_gold}]}`.
+
+    With `cite` the first answer is the one the bundled model is to give, citations before the words: for training.
+    """
     with path.open("w", encoding="utf-8") as file:
         for i, (case, question) in enumerate(evaluation_cases(num_questions, split=split, num_passages=num_passages, seed=seed)):
             rows = [{"id": p.id, "title": p.title, "text": p.text, "is_gold": j in question.gold} for j, p in enumerate(case.passages)]
-            file.write(json.dumps({"id": str(i), "question": question.text, "answers": [question.answer], "kind": question.kind, "passages": rows}) + "\n")
+            answers = [cited(question).strip(), question.answer] if cite else [question.answer]
+            file.write(json.dumps({"id": str(i), "question": question.text, "answers": answers, "kind": question.kind, "passages": rows}) + "\n")

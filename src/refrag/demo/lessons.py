@@ -16,7 +16,7 @@ from ..layout import IGNORED
 from ..model import RefragModel
 from ..text import Chunk, Passage, Prompt, PromptBuilder
 from ..training.batches import ROUND, layout_batch, place_completions
-from .almanac import Case, Kind, Question, make_case
+from .almanac import Case, Kind, Question, cited, findings, make_case
 
 MAX_PASSAGES = 8
 """The almanac's tokenizer keeps the numbers [1] to [8] whole."""
@@ -92,18 +92,6 @@ class Lesson:
     """
     titles: list[int]
     """For each number of a passage, from [0] on: which title it has; 0 where there is none."""
-
-
-def cited(question: Question) -> str:
-    """The answer as the model is to give it: for each hop the number of its passage, then the words found there; or `unknown`."""
-    if not question.gold:
-        return f" {question.answer}"
-    return " ".join(f"[{position + 1}] {words}" for position, words in zip(question.gold, findings(question), strict=True))
-
-
-def findings(question: Question) -> list[str]:
-    """What each hop finds."""
-    return [*filter(None, (question.bridge,)), question.answer]
 
 
 class Lessons:

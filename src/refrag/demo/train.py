@@ -128,6 +128,8 @@ def export(args: argparse.Namespace) -> None:
     model = RefragModel.from_pretrained(args.output_dir / "policy" / "model").half()
     model.config.expand_fraction = POLICY_FRACTION
     model.config.encoder_name = model.config.decoder_name = None
+    for part in (model.encoder, model.decoder):
+        part.config._name_or_path = ""  # else the folder of the run
     model.save_pretrained(args.weights)
 
 

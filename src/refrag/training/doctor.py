@@ -325,10 +325,11 @@ def _vector_problems(vectors: Mapping[str, float]) -> Iterator[str]:
 
 
 def _text_problems(texts: Mapping[str, Any]) -> Iterator[str]:
-    short, rows = texts.get("too_short", 0), texts.get("rows", 0)
+    short = texts.get("too_short", 0)
     if short:
+        of = f"{short:,} of {texts['rows']:,} texts" if "rows" in texts else f"{short:,} texts"
         least = f" than {texts['min_tokens']} tokens" if "min_tokens" in texts else ""
-        yield f"{short:,} of {rows:,} texts are shorter{least}, and are left out: lower --max-chunks or --chunk-size, or pass --short-documents pack."
+        yield f"{of} are shorter{least or ' than a window'}, and are left out: lower --max-chunks or --chunk-size, or pass --short-documents pack."
 
 
 # ── on paper ─────────────────────────────────────────────────────────────────────────────────────────────────────────

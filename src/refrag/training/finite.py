@@ -52,6 +52,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], Float[Tensor, ""]], *, 
     one's finding.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    _reshard(inner)
     finding = _agreed(inner, _weights(inner))
     if finding is not None:
         return finding
@@ -292,12 +293,21 @@ def _unchanged(model: nn.Module) -> Generator[None]:
         with same_random({tensor.device for tensor in model.parameters()}):
             yield
     finally:
+        _reshard(model)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             with torch.no_grad():
                 buffer.copy_(value)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of weights that a forward pass gathered for a backward pass that does not come."""
+    for module in model.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
 @contextmanager

@@ -192,12 +192,19 @@ def train(trainer: Any, signals: StopOnSignal, data: StageData, stage: str) -> t
 def save_model(trainer: Any, model: RefragModel, settings: TrainSettings) -> None:
     """Write the trained model to `model/`, whole or not at all."""
     if settings.lora_encoder and settings.lora_rank:
-        encoder = type(model.encoder)(model.encoder.config)
-        encoder.load_state_dict(hub.merged_state(model.encoder), strict=False)
-        model.encoder = encoder
+        merge_lora(model.encoder)
     if trainer.args.should_save:
         model.save_pretrained(settings.output_dir / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()  # the next stage of a pipeline reads it on every process
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Put each LoRA layer's change into the layer it adapts, which takes its place again."""
+    for name, layer in list(module.named_modules()):
+        if hasattr(layer, "get_base_layer"):
+            layer.merge(safe_merge=True)
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, layer.get_base_layer())
 
 
 def dry_run(settings: TrainSettings, stage: str) -> dict[str, Any]:

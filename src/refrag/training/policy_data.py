@@ -19,7 +19,7 @@ from .data import Document, Loaded, Question, load
 from .documents import steps_of
 from .rollout import PolicyItem, num_picks
 from .settings import PolicySettings, SftSettings
-from .sft import answer_chunks, answer_ids, choose_passages
+from .sft import answer_chunks, answer_ids, choose_passages, renumbered
 from .sources import find_sources
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class QuestionItems(Dataset):
         passages, marked = choose_passages(question, num_passages=self.settings.num_passages, rng=rng)
         prompt = self.builder.build(question.question, passages, system=question.system, history=question.history)
         gold = answer_chunks(prompt, question.answers, marked)
-        completion = answer_ids(self.tokenizer, self.builder, question.answers[0], max_tokens=SftSettings.max_answer_tokens)
+        answer = renumbered(question.answers[0], question, passages)
+        completion = answer_ids(self.tokenizer, self.builder, answer, max_tokens=SftSettings.max_answer_tokens)
         return PolicyItem(prompt, completion, question.question, gold if any(gold) else None, question.id)
 
 

@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def answer_ids(tokenizer: Any, builder: PromptBuilder, answer: str, *, max_tokens: int) -> list[int]:
-    """Token ids of an answer and of the end: after a chat template as it is, after the plain template with a space before."""
-    text = answer if tokenizer.chat_template else f" {answer}"
+    """Token ids of an answer and of the end: after a chat template as it is, after the plain template with a space before.
+
+    An answer that begins with a citation (`[2] …`) follows the plain template without one.
+    """
+    text = answer if tokenizer.chat_template or answer.startswith("[") else f" {answer}"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return builder.encode(text)[: max_tokens - len(end)] + end
 
@@ -41,6 +44,21 @@ def choose_passages(question: Question, *, num_passages: int, rng: random.Random
     rng.shuffle(chosen)
     marked = None if question.gold is None else [question.gold[place] for place in chosen]
     return [question.passages[place] for place in chosen], marked
+
+
+def renumbered(answer: str, question: Question, passages: Sequence[Passage]) -> str:
+    """The answer with its citations (`[2]`: the second passage of the row) turned into the numbers that the passages got.
+
+    `passages` are those of the prompt's last turn; earlier turns have the numbers before.
+    """
+    earlier = sum(len(turn.passages) for turn in question.history)
+    number_of = {id(passage): number for number, passage in enumerate(passages, start=earlier + 1)}
+
+    def turned(found: re.Match[str]) -> str:
+        place = int(found[1]) - 1
+        return f"[{number_of.get(id(question.passages[place]), found[1])}]" if 0 <= place < len(question.passages) else found[0]
+
+    return re.sub(r"\[(\d+)\]", turned, answer)
 
 
 def answer_chunks(prompt: Prompt, answers: Sequence[str], gold: Sequence[bool] | None = None) -> list[bool]:
@@ -86,7 +104,8 @@ class QuestionBatches(Dataset):
         passages, gold = choose_passages(question, num_passages=self.settings.num_passages, rng=rng)
         prompt = self.builder.build(question.question, passages, system=question.system, history=question.history)
         mask, how = self._mask(prompt, question, gold, rng)
-        completion = answer_ids(self.model.tokenizer, self.builder, question.answers[0], max_tokens=self.settings.max_answer_tokens)
+        answer = renumbered(question.answers[0], question, passages)
+        completion = answer_ids(self.model.tokenizer, self.builder, answer, max_tokens=self.settings.max_answer_tokens)
         return prompt, mask, completion, how, question.id
 
     def _mask(self, prompt: Prompt, question: Question, gold: list[bool] | None, rng: random.Random) -> tuple[list[bool], str]:

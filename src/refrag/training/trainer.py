@@ -124,7 +124,8 @@ class RefragTrainer(Trainer):
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 return self._losses(model, inputs)[0]
 
-        finding = first_non_finite(model, again)
+        scaler = self.accelerator.scaler
+        finding = first_non_finite(model, again, loss_scale=scaler.get_scale() if scaler is not None else 1.0)
         rows = [str(row) for row in inputs.get("rows") or _names(inputs)]
         reason = explain(finding, step=self.state.global_step, rows=rows, precision=self.accelerator.mixed_precision)
         raise NonFiniteLossError(f"The {what} was {value}. {reason}")
