@@ -1,5 +1,6 @@
 """Fixtures that every test file shares: tokenizers trained on the spot and tiny random networks, no network needed."""
 
+import logging
 import os
 import tempfile
 
@@ -107,6 +108,13 @@ def build_model(decoder_kind: str = "llama", encoder_kind: str = "roberta", *, c
     torch.manual_seed(2)
     parts = {"encoder_tokenizer": train_encoder_tokenizer(), "decoder_tokenizer": train_tokenizer()} | kwargs
     return RefragModel.from_parts(build_encoder(encoder_kind), build_decoder(decoder_kind), chunk_size=chunk_size, **parts).eval()
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """Commands run in tests and fixtures set the level of messages: every test starts with the usual one."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("refrag").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

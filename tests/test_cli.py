@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from refrag.cli import main
-from refrag.cli.progress import Gauge
+from refrag.cli.progress import Count, Gauge
 from refrag.engine.answer import TIMING_KEYS, USAGE_KEYS
 from refrag.index import PassageIndex
 from refrag.text import Passage
@@ -223,6 +223,8 @@ def test_the_bar_knows_how_far_it_is(tmp_path: Path) -> None:
     assert read == [60, 100, 160]  # a file is not longer than it is
     assert gauge.read == 400
     assert Gauge([]).total == 0
+    count = Count(3)
+    assert [count.read for _ in count.watch(passages)] == [1, 2, 3] == [*range(1, count.total + 1)]
 
 
 # ── shell conventions ────────────────────────────────────────────────────────────────────────────────────────────────

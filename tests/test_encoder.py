@@ -45,6 +45,9 @@ def test_pad_rows_by_hand():
     assert ids.tolist() == [[5, 6, 7], [8, 1, 1]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert pad_rows([], pad_id=1)[0].shape == (0, 0)
+    ids, mask = pad_rows([[5, 6], [8]], pad_id=1, width=3)
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 1], [8, 1, 1]], [[1, 1, 0], [1, 0, 0]])
+    assert pad_rows([[5, 6]], pad_id=1, width=1)[0].tolist() == [[5, 6]]
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])

@@ -190,6 +190,20 @@ def test_a_batch_equals_its_rows(engine: Refrag) -> None:
         engine.answer_batch([requests[0], Request("Why?", [], generation=GenerationSettings(max_new_tokens=3))])
 
 
+def test_the_questions_of_a_batch_are_encoded_together_and_each_once(make_model, monkeypatch) -> None:
+    model = make_model()
+    engine, asked = Refrag(model), ["Who built it?", "How long did the lamp burn?", "Who built it?", "What of it?"]
+    singles = [engine.answer(question, PASSAGES, policy="similarity", max_new_tokens=2) for question in asked]
+    calls: list[list[str]] = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda texts, **kwargs: calls.append(list(texts)) or encode(texts, **kwargs))
+    requests = [Request.make(question, PASSAGES, policy="similarity", max_new_tokens=2) for question in asked[:3]]
+    answers = engine.answer_batch([*requests, Request.make(asked[3], PASSAGES, policy="first", max_new_tokens=2)])
+    assert calls == [asked[:2]]
+    for answer, single in zip(answers[:3], singles, strict=False):
+        assert [chunk["score"] for chunk in answer.trace] == pytest.approx([chunk["score"] for chunk in single.trace], abs=1e-5)
+
+
 def test_threads_do_not_disturb_each_other(tiny_model) -> None:
     engine = Refrag(tiny_model)
     questions = [f"Who founded house number {number}?" for number in range(16)]
@@ -330,6 +344,7 @@ def test_what_people_see(engine: Refrag) -> None:
     ("options", "message"),
     [
         ({"question": ""}, "The question must hold some text, was empty: write it between quotes."),
+        ({"top_k": -1}, "top_k must be 1 or more, was -1."),
         ({"top_k": 0}, "top_k must be 1 or more, was 0: to answer without passages give an empty list of them."),
         ({"policy": "similar"}, "There is no policy 'similar' (did you mean 'similarity'?): choose one of"),
         ({"polcy": "none"}, "There is no option 'polcy' (did you mean 'policy'?): the options are top_k, policy,"),
@@ -386,6 +401,12 @@ def test_a_long_prompt_is_refused_before_anything_is_encoded(tiny_model, index: 
     with pytest.raises(InputError, match=r"more than max_slots 5: raise --max-slots to \d+, or lower --top-k\."):
         Refrag(tiny_model, index=index).answer(QUESTION, max_slots=5)
     assert encoded.texts == []
+
+
+def test_nothing_found_is_said(tiny_model, index: PassageIndex, caplog) -> None:
+    with caplog.at_level("WARNING", logger="refrag"):
+        answer = Refrag(tiny_model, index=index).answer("Zzyzx?", mode="text", **SHORT)
+    assert answer.passages == [] and "No passage was found for 'Zzyzx?': the answer rests on none." in caplog.text
 
 
 def test_history_may_be_mappings(unchecked, engine: Refrag) -> None:

@@ -1,21 +1,32 @@
 """Building and mending an index from the command line: bad input costs nothing, damage and mistakes are one sentence."""
 
+import gc
 import json
 import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
 import time
+import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import lancedb
 import pytest
+from conftest import build_model
 
 from refrag.cli import main
 from refrag.config import IndexSettings
-from refrag.errors import InputError, MismatchError
+from refrag.errors import BackendError, InputError, MismatchError
 from refrag.index import PassageIndex, SentenceEncoder, building, table
 from refrag.index.manifest import Manifest
 from refrag.index.seen import Seen
 from refrag.text import Passage
+
+FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +42,15 @@ def own_log_level():
     level = logging.getLogger("refrag").level
     yield
     logging.getLogger("refrag").setLevel(level)
+
+
+@pytest.fixture
+def frozen_garbage():
+    """What was there before is not searched for garbage, so that a collection takes no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -85,6 +105,71 @@ def test_an_index_stays_until_its_replacement_is_whole(tmp_path, tiny_model):
         assert PassageIndex.open(tmp_path / "index").passages(["a", "b"]).keys() == {"a"}
         raise KeyboardInterrupt
     assert PassageIndex.open(tmp_path / "index").passages(["a", "b"]).keys() == {"a"}
+
+
+def rebuild_and_die(path: str, settings: IndexSettings, before_call: int) -> None:
+    """Child process: rebuilds an index and is killed before its n-th rename, or (3) before the replaced files are removed."""
+    names = []
+
+    def deadly(function):
+        def call(*arguments, **kwargs):
+            if "rename" in str(function) or names:
+                names.append(function)
+                if len(names) == before_call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **kwargs)
+
+        return call
+
+    with building(path, build_model(), settings, rebuild=True) as index:
+        index.add([Passage("b", "The lamp.")])
+        Path.rename, table.shutil.rmtree = deadly(Path.rename), deadly(table.shutil.rmtree)
+
+
+@pytest.mark.parametrize(("before_call", "left", "kept"), [(1, {"passages", "rebuild"}, "a"), (2, {"replaced", "rebuild"}, "b"), (3, {"passages", "replaced"}, "b")])
+def test_sigkill_while_a_rebuild_comes_into_use(tmp_path, tiny_model, before_call, left, kept):
+    path, settings = str(tmp_path / "index"), IndexSettings()
+    with building(path, tiny_model, settings) as index:
+        index.add([Passage("a", "The mill.")])
+    child = FORKSERVER.Process(target=rebuild_and_die, args=(path, settings, before_call))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert {folder.stem for folder in (tmp_path / "index").iterdir()} == left
+    index = PassageIndex.open(path, model=tiny_model)
+    assert index.passages(["a", "b"]).keys() == {kept} and index.verify() == []
+    with building(path, tiny_model, settings, rebuild=True) as index:  # the same command finishes what it began
+        index.add([Passage("b", "The lamp.")])
+    assert PassageIndex.open(path).passages(["a", "b"]).keys() == {"b"}
+    assert [folder.name for folder in (tmp_path / "index").iterdir()] == ["passages.lance"]
+
+
+@pytest.mark.parametrize("command", ["build", "add", "info", "verify"])
+@pytest.mark.parametrize("names", [("replaced", "rebuild"), ("replaced",)])
+def test_every_command_finishes_a_swap_that_was_cut_short(run, tmp_path, command, names):
+    good = write(tmp_path / "good.jsonl", *GOOD)
+    assert run("build", good)[0] == 0
+    for name in names:  # with both, `rebuild` is the one that is whole
+        shutil.copytree(tmp_path / "index" / "passages.lance", tmp_path / "index" / f"{name}.lance")
+    if len(names) == 2:
+        shutil.rmtree(tmp_path / "index" / "replaced.lance" / "data")
+    shutil.rmtree(tmp_path / "index" / "passages.lance")
+    arguments = [good] if command in ("build", "add") else []
+    assert run(command, *arguments)[0] == 0
+    assert PassageIndex.open(tmp_path / "index").count == 2
+
+
+def test_a_swap_that_cannot_be_finished_says_how(tmp_path, tiny_model, monkeypatch):
+    with building(tmp_path / "index", tiny_model, IndexSettings()) as index:
+        index.add([Passage("a", "The mill.")])
+    (tmp_path / "index" / "passages.lance").rename(tmp_path / "index" / "replaced.lance")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(BackendError, match=r"could not be put in its place: rename rebuild.lance or replaced.lance in it to passages.lance"):
+        PassageIndex.open(tmp_path / "index")
 
 
 @pytest.mark.parametrize("content", [b"{broken\n", b"", b'{"text": "Gr\xf6sse"}\n', b'{"id": "x", "text": "One."}\n{broken\n'])
@@ -193,6 +278,22 @@ def test_damage_is_one_sentence(run, tmp_path, capsys, model, pattern):
     assert run("build", good, "--rebuild")[0] == 0 and run("verify")[0] == 0
 
 
+@pytest.mark.parametrize("said", ["LanceError(IO): Generic S3 error: Failed to resolve region for bucket 'b'\nx", "lance error: Generic GCS error: 403, /rust/x.rs:1"])
+def test_an_object_store_that_does_not_answer_is_not_called_damaged(said):
+    reason = said.split("Generic ")[1].splitlines()[0].split(", /")[0]
+    with pytest.raises(BackendError, match=rf"The index at s3://b/i cannot be reached \({re.escape(reason)}\): check the address, the network and the credentials"), table.readable("s3://b/i"):
+        raise RuntimeError(said)
+
+
+def test_verifying_shows_how_far_it_is(run, tmp_path, model, capsys):
+    assert run("build", write(tmp_path / "good.jsonl", *GOOD))[0] == 0
+    done: list[int] = []
+    assert PassageIndex.open(tmp_path / "index").verify(progress=done.append) == [] and sum(done) == 2
+    assert main(["index", "verify", "--index", str(tmp_path / "index"), "--model", model]) == 0
+    said = capsys.readouterr().err
+    assert "verifying" in said and "2 passages" in said
+
+
 def test_missing_search_indexes_are_made(tmp_path, tiny_model):
     retriever = SentenceEncoder()
     schema = table.table_schema(Manifest(IndexSettings(), tiny_model.fingerprint(), retriever.identity()), retriever.width)
@@ -207,6 +308,35 @@ def test_the_right_model_is_named(run, tmp_path, model, make_model):
     assert run("build", write(tmp_path / "good.jsonl", *GOOD))[0] == 0
     with pytest.raises(MismatchError, match=rf"belongs to another model \(.*\): pass --model {model}, or make it anew with .* --rebuild"):
         PassageIndex.open(tmp_path / "index", model=make_model(chunk_size=8))
+
+
+def test_adding_holds_a_bounded_number_of_passages(tmp_path, tiny_model, frozen_garbage):
+    """Four times the corpus: as many passages alive at a time, and no more bytes of Python but the few that `Seen` keeps of each."""
+    index = PassageIndex.create(tmp_path / "index", tiny_model, IndexSettings(batch_size=8))
+    alive: weakref.WeakSet[Passage] = weakref.WeakSet()
+
+    def stream(first: int, count: int, most: list[int]):
+        for number in range(first, first + count):
+            if number % 8 == 0:
+                gc.collect()
+                most[0] = max(most[0], len(alive))
+            passage = Passage(f"p{number}", f"Lamp {number}.", metadata={"ballast": f"{number:06d}" * 200})
+            alive.add(passage)
+            yield passage
+
+    def peak(first: int, count: int) -> tuple[int, int]:
+        most = [0]
+        tracemalloc.start()
+        index.add(stream(first, count, most))
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most[0], size
+
+    peak(1000, 40)  # what is loaded and cached once
+    few, many = peak(2000, 80), peak(3000, 320)
+    assert few[0] <= 4 * 8 and many[0] <= 4 * 8
+    assert many[1] - few[1] < 240 * 200, "a passage has 1,200 bytes of metadata alone"
+    assert index.count == 440
 
 
 def test_ids_given_twice_are_reported(tmp_path, tiny_model, caplog):

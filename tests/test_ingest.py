@@ -279,6 +279,17 @@ def test_bad_rows(tmp_path, read, caplog, name, content, message):
     assert "1 bad rows or files were left out; the first: " in caplog.text
 
 
+def test_a_quote_that_is_never_closed_is_no_cell(tmp_path, read, caplog):
+    (tmp_path / "a.csv").write_text('id,text\n1,One.\n2,"Two.\n3,Three.\n')
+    with pytest.raises(InputError, match=r"a.csv, line 3: this row is not CSV \(unexpected end of data\); mend its quotes, or keep the rest with --skip-bad"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text('id,text\n1,One.\n2,"Two" or so.\n3,Three.\n')
+    with caplog.at_level("WARNING"):
+        assert [passage.text for passage in read(tmp_path / "a.csv", skip_bad=True)] == ["One."]
+        assert [passage.text for passage in read(tmp_path / "b.csv", skip_bad=True)] == ["One.", "Three."]
+    assert "b.csv, line 3: this row is not CSV" in caplog.text
+
+
 def test_broken_files(tmp_path, read):
     (tmp_path / "a.json").write_text('{"text": "One."')
     with pytest.raises(InputError, match=r"a.json: this file is not JSON"):
@@ -315,6 +326,39 @@ def test_one_badly_encoded_line_is_named_and_can_be_skipped(tmp_path, read):
         assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Zwölf."]
     (tmp_path / "c.jsonl").write_text('{"text": "Größe."}\n{"text": "Two."}\n', encoding="utf-16")
     assert [passage.text for passage in read(tmp_path / "c.jsonl", encoding="utf-16")] == ["Größe.", "Two."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.json", b'[{"text": "One."}, {"text": "Gr\xf6sse."}, {"text": "Zw\xc3\xb6lf."}]', "row 2"),
+        ("a.json", b'[{"text": "One."}, {"passages": [{"text": "x", "title": "\xf6"}]}, {"text": "Zw\xc3\xb6lf."}]', "row 2"),
+        ("a.json", b'{"text": "One."}\n{"text": "Gr\xf6sse."}\n{"text": "Zw\xc3\xb6lf."}\n', "line 2"),
+        ("a.csv", b"id,text\r\n1,One.\r\n2,Gr\xf6sse.\r\n3,Zw\xc3\xb6lf.\r\n", "line 3"),
+        ("a.tsv", b"id\ttext\n1\tOne.\n\xf6\tTwo.\n3\tZw\xc3\xb6lf.\n", "line 3"),
+    ],
+)
+def test_a_badly_encoded_row_costs_that_row_only(tmp_path, read, caplog, name, content, where):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}, {where}: this is not utf-8 text \(byte 0xf6\); pass its encoding, for example --encoding latin-1, or keep the rest"):
+        read(tmp_path / name)
+    with caplog.at_level("WARNING"):
+        assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Zwölf."]
+    assert f"1 bad rows or files were left out; the first: {tmp_path / name}, {where}: this is not utf-8 text" in caplog.text
+    passages = read(tmp_path / name, encoding="latin-1")
+    assert len(passages) == 3 and "ö" in passages[1].text + passages[1].title + passages[1].id
+
+
+def test_a_badly_encoded_file_without_rows_is_named(tmp_path, read, caplog):
+    (tmp_path / "bad.json").write_bytes(b'{"text": "Gr\xf6sse')
+    (tmp_path / "bad.csv").write_bytes(b"id,text,\xf6\n1,One.,2\n")
+    (tmp_path / "good.json").write_text('{"text": "One."}')
+    for name, where in (("bad.json", ""), ("bad.csv", ", line 1")):
+        with pytest.raises(InputError, match=rf"{name}{where}: this is not utf-8 text"):
+            read(tmp_path / name)
+    with caplog.at_level("WARNING"):
+        assert [passage.text for passage in read(tmp_path, skip_bad=True)] == ["One."]
+    assert "2 bad rows or files were left out; the first: " in caplog.text
 
 
 def test_sources_are_files_read_to_their_end(tmp_path, builder):

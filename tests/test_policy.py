@@ -284,6 +284,13 @@ def test_padding_changes_no_logit(policy):
     assert batch[1, 3:].tolist() == [pytest.approx(MASKED, rel=1e-6)] * 2 and batch.dtype == torch.float32
 
 
+def test_no_mask_is_a_mask_without_padding(policy):
+    chunks, mask, question, passages = torch.randn(2, 9, 6), torch.ones(2, 9, dtype=torch.bool), torch.randn(2, 6), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    with torch.inference_mode():
+        masked, unmasked = (policy(chunks, given, question_embeds=question, passage_index=passages) for given in (mask, None))
+    torch.testing.assert_close(unmasked, masked, atol=1e-5, rtol=1e-5)
+
+
 def test_question_is_seen_only_where_it_should_be(policy):
     chunks, mask = torch.randn(1, 5, 6), torch.ones(1, 5, dtype=torch.bool)
     first, second = (policy(chunks, mask, question_embeds=torch.randn(1, 6)) for _ in range(2))

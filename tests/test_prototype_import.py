@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from refrag.errors import InputError, NotFoundError
+from refrag.cli import main
+from refrag.encoder import Projector
+from refrag.errors import InputError, MismatchError, NotFoundError
 from refrag.index import PassageIndex, import_prototype
-from refrag.index.prototype import load_strings, read_checkpoint
+from refrag.index.checkpoint import convert_checkpoint, folded, read_checkpoint
+from refrag.index.prototype import load_strings
+from refrag.model import RefragModel
 
 TEXTS = ["The harbour was founded in 1742.", "Größe, 東京 😀", "A lamp burned.", "A lamp burned."]
 
@@ -71,6 +75,20 @@ def test_missing_and_foreign_files(tmp_path):
     (folder / "faiss.index").unlink()
     with pytest.raises(NotFoundError, match=r"There is no faiss.index in"):
         import_prototype(folder)
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "No passage with text was found in"), (["", " "], "No passage with text"), (["a", "x \ud800"], "the text holds half a character")])
+def test_passages_that_cannot_be_stored(tmp_path, texts, message):
+    with pytest.raises(InputError, match=message):
+        list(import_prototype(save_index(tmp_path / "old", texts)))
+
+
+def test_a_hostile_index_is_one_sentence_on_the_command_line(tmp_path, capsys):
+    marker = tmp_path / "was-run"
+    folder = save_index(tmp_path / "old", ["a", Call(os.mkdir, str(marker))])
+    assert main(["index", "import-prototype", str(folder), "--index", str(tmp_path / "index")]) == 2
+    assert "is refused, since it must be an array of strings and nothing else" in capsys.readouterr().err
+    assert not marker.exists() and not (tmp_path / "index").exists()
 
 
 # ── strings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,37 +200,147 @@ def test_other_arrays_and_files(tmp_path):
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def checkpoint() -> dict:
-    return {
-        "config": {"encoder_name": "roberta-large", "chunk_size_k": 16},
-        "encoder_state_dict": {"model.embeddings.weight": torch.ones(2, 3)},
-        "projector_state_dict": {"projection.0.weight": torch.zeros(4, 3), "scale": torch.ones(1)},
+class OldProjector(torch.nn.Module):
+    """The prototype's, by its file layout: unit vectors, Linear, GELU, Linear, times a scale, plus a shift."""
+
+    def __init__(self, enc: int, hidden: int):
+        super().__init__()
+        self.projection = torch.nn.Sequential(torch.nn.Linear(enc, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
+        self.scale, self.shift = torch.nn.Parameter(torch.tensor([0.37])), torch.nn.Parameter(torch.tensor([-0.02]))
+
+    def forward(self, cls):
+        return self.projection(torch.nn.functional.normalize(cls, dim=-1)) * self.scale + self.shift
+
+
+@pytest.fixture
+def parts(tmp_path, make_encoder, make_decoder, tokenizer, encoder_tokenizer):
+    """The prototype's parts: the base encoder (config and tokenizer) on disk, trained encoder, decoder and projector in memory."""
+    make_encoder("roberta", seed=5).save_pretrained(tmp_path / "roberta")
+    encoder_tokenizer.save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    torch.manual_seed(8)
+    return make_encoder("roberta", seed=6), make_decoder("llama", seed=7), OldProjector(24, 32)
+
+
+@pytest.fixture
+def folder(tmp_path, parts):
+    """A checkpoint folder as the prototype's `save_checkpoint` writes it: no tokenizer anywhere."""
+    parts[1].save_pretrained(tmp_path / "run" / "decoder")
+    torch.save(checkpoint(parts, tmp_path), tmp_path / "run" / "checkpoint.pt")
+    return tmp_path / "run"
+
+
+def checkpoint(parts, tmp_path, **changes) -> dict:
+    encoder, _, projector = parts
+    optimizer = torch.optim.AdamW(projector.parameters())
+    projector(torch.ones(1, 24)).sum().backward()
+    optimizer.step()
+    saved = {
+        "config": {"encoder_name": str(tmp_path / "roberta"), "decoder_name": str(tmp_path / "llama"), "chunk_size_k": 4, "expansion_fraction_p": 0.25},
+        "encoder_state_dict": {f"model.{name}": weight for name, weight in encoder.state_dict().items()} | {"model.embeddings.position_ids": torch.arange(64)},
+        "projector_state_dict": projector.state_dict(),
         "policy_state_dict": {"output_head.weight": torch.zeros(1, 4)},
         "step": 300,
+        "optimizer_state_dict": optimizer.state_dict(),
     }
+    return saved | changes
 
 
-def test_checkpoint_layout(tmp_path):
-    torch.save(checkpoint(), tmp_path / "checkpoint.pt")
+def test_checkpoint_layout(folder, parts):
+    read = read_checkpoint(folder)
+    assert torch.equal(read.encoder["embeddings.word_embeddings.weight"], parts[0].embeddings.word_embeddings.weight)
+    assert (read.version, read.step, read.config["chunk_size_k"], read.decoder_folder) == (2, 300, 4, folder / "decoder")
+    (folder / "decoder" / "config.json").unlink()
+    assert read_checkpoint(folder).decoder_folder is None
+
+
+def test_a_converted_checkpoint_computes_what_the_prototype_did(folder, parts, tokenizer, tmp_path):
+    encoder, decoder, projector = parts
+    convert_checkpoint(folder).save_pretrained(tmp_path / "model")
+    model = RefragModel.from_pretrained(tmp_path / "model")
+    assert (model.config.chunk_size, model.config.pooling, model.config.expand_fraction, model.has_trained_policy) == (4, "cls", 0.25, False)
+    texts = ["The harbour of Velmoor", "Größe, 東京 😀", "a"]
+    rows = [model.encoder_tokenizer(text, return_tensors="pt") for text in texts]
+    with torch.no_grad():
+        old = torch.cat([projector(encoder(**row).last_hidden_state[:, 0]) for row in rows])
+        new = model.project(model.encode(texts))
+        ids = tokenizer("The harbour of Velmoor", return_tensors="pt")["input_ids"]
+        assert torch.equal(model.decoder(ids).logits, decoder(ids).logits)
+    torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-5)
+    assert old.std() > 0.01
+
+
+def test_older_projectors_have_no_scale_and_no_shift(parts):
+    projector = parts[2]
+    with torch.no_grad():
+        projector.scale.fill_(1), projector.shift.fill_(0)
+    state = {name: weight for name, weight in projector.state_dict().items() if name not in ("scale", "shift")}
+    ours = Projector(24, 32, 32)
+    ours.load_state_dict(folded(state))
+    vectors = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(vectors), projector(vectors), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"projector_state_dict": {"proj.0.weight": torch.zeros(2, 2)}}, InputError, r"must have the layers Linear, GELU, Linear of the prototype, has proj.0.weight"),
+        ({"encoder_state_dict": {"model.x": torch.zeros(1)}}, MismatchError, r"The encoder of .*run does not fit .*roberta: embeddings.LayerNorm.bias is absent in the checkpoint and \(24,\) in the model"),
+        ({"config": {"encoder_name": "/no/such/encoder", "decoder_name": "/no/such/decoder"}}, NotFoundError, r"The decoder's tokenizer '/no/such/decoder', which the checkpoint names, could not be loaded"),
+    ],
+)
+def test_checkpoints_that_cannot_be_converted(folder, parts, tmp_path, changes, error, message):
+    torch.save(checkpoint(parts, tmp_path, **changes), folder / "checkpoint.pt")
+    with pytest.raises(error, match=message):
+        convert_checkpoint(folder)
+
+
+def test_a_projector_of_another_width_is_refused(folder, parts, tmp_path):
+    torch.save(checkpoint(parts, tmp_path, projector_state_dict=OldProjector(24, 40).state_dict()), folder / "checkpoint.pt")
+    with pytest.raises(MismatchError, match=r"The projector of .*run does not fit its encoder and decoder: down.bias is \(40,\) in the checkpoint and \(32,\) in the model"):
+        convert_checkpoint(folder)
+
+
+def test_version_1_is_read_but_not_converted(tmp_path):
+    for part in ("encoder", "projector"):
+        torch.save({f"model.{part}": torch.ones(2)}, tmp_path / f"{part}.pt")
     read = read_checkpoint(tmp_path)
-    assert read.encoder.keys() == {"embeddings.weight"} and torch.equal(read.encoder["embeddings.weight"], torch.ones(2, 3))
-    assert (read.step, read.config["chunk_size_k"], read.decoder_folder) == (300, 16, None)
-    (tmp_path / "decoder").mkdir()
-    (tmp_path / "decoder" / "config.json").write_text("{}")
-    assert read_checkpoint(tmp_path).decoder_folder == tmp_path / "decoder"
+    assert (read.version, read.encoder.keys(), read.policy) == (1, {"encoder"}, {})
+    with pytest.raises(InputError, match=r"is a version 1 checkpoint: its projector applies tanh .*: import its index alone, and train with refrag"):
+        convert_checkpoint(tmp_path)
 
 
-def test_bad_checkpoints(tmp_path):
-    with pytest.raises(NotFoundError, match=r"There is no checkpoint.pt in"):
+def test_bad_checkpoints(folder, parts, tmp_path):
+    with pytest.raises(NotFoundError, match=r"There is no checkpoint.pt \(or encoder.pt\) in"):
         read_checkpoint(tmp_path)
-    torch.save({key: value for key, value in checkpoint().items() if key != "policy_state_dict"}, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match="must hold the prototype's parts, lacks policy_state_dict"):
-        read_checkpoint(tmp_path)
+    torch.save(checkpoint(parts, tmp_path, policy_state_dict=None), folder / "checkpoint.pt")
+    with pytest.raises(InputError, match="must hold the prototype's parts, lacks the weights of policy"):
+        read_checkpoint(folder)
     marker = tmp_path / "was-run"
-    torch.save(checkpoint() | {"evil": Call(os.mkdir, str(marker))}, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match="is refused, since it must hold tensors and plain values only"):
-        read_checkpoint(tmp_path)
-    assert not marker.exists()
-    (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="is refused"):
-        read_checkpoint(tmp_path)
+    for name in ("checkpoint.pt", "encoder.pt"):
+        torch.save(checkpoint(parts, tmp_path, evil=Call(os.mkdir, str(marker))), folder / name)
+        with pytest.raises(InputError, match=f"{name} is refused, since it must hold tensors and plain values only"):
+            read_checkpoint(folder)
+        assert not marker.exists()
+        (folder / name).write_bytes(b"nonsense")
+        with pytest.raises(InputError, match="is refused"):
+            read_checkpoint(folder)
+        (folder / name).unlink()
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_index_and_checkpoint_from_the_command_line(folder, tmp_path, capsys):
+    command = ["index", "import-prototype", str(save_index(tmp_path / "old")), "--index", str(tmp_path / "index")]
+    assert main([*command, "--checkpoint", str(folder)]) == 2
+    assert "give both --checkpoint FOLDER and --save-model FOLDER" in capsys.readouterr().err
+    assert main([*command, "--checkpoint", str(folder), "--save-model", str(tmp_path / "model"), "--model", str(tmp_path / "x")]) == 2
+    assert "give either --model or --checkpoint" in capsys.readouterr().err
+    assert main([*command, "--checkpoint", str(folder), "--save-model", str(tmp_path / "model")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "The encoder, the projector and the decoder came over exactly. The policy did not" in said
+    index = PassageIndex.open(tmp_path / "index", model=RefragModel.from_pretrained(tmp_path / "model"))
+    assert index.count == 3 and index.verify() == []
+    asked = ["ask", "What burned?", "--index", str(tmp_path / "index"), "--model", str(tmp_path / "model"), "--max-new-tokens", "4", "--json", "--quiet"]
+    assert main(asked) == 0 and '"rule": "similarity"' in capsys.readouterr().out

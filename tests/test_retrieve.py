@@ -85,6 +85,17 @@ def test_long_texts_are_cut_to_the_window(tmp_path):
     np.testing.assert_allclose(encoder.encode([long]), encoder.encode([same]), atol=1e-3)
 
 
+def test_texts_of_every_length_make_few_shapes(tmp_path, monkeypatch):
+    """A CPU keeps what it compiles for a shape; 60 lengths, in batches of every size, must not make 60 shapes."""
+    encoder = SentenceEncoder(save_encoder(tmp_path))
+    widths: set[int] = set()
+    encode_batch = retrieve.encode_batch
+    monkeypatch.setattr(retrieve, "encode_batch", lambda model, ids, mask, pooling: widths.add(ids.shape[1]) or encode_batch(model, ids, mask, pooling))
+    for length in range(1, 80):
+        assert np.isfinite(encoder.encode(["lamp " * length, "mill"])).all()
+    assert widths == {16, 32, 48, encoder.max_tokens}
+
+
 def test_bge_has_its_question_instruction(tmp_path):
     encoder = SentenceEncoder(save_encoder(tmp_path / "bge-small-en-v1.5", pooling="cls"))
     assert (encoder.pooling, encoder.instruction) == ("cls", BGE_INSTRUCTION)

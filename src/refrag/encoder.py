@@ -177,10 +177,10 @@ def tokenize_texts(tokenizer: Any, texts: Sequence[str], *, window: int) -> list
     return [before + row[:room] + after or [tokenizer.pad_token_id or 0] for row in rows]
 
 
-def pad_rows(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Int[Tensor, "chunk token"], Int[Tensor, "chunk token"]]:
-    """Rows of ids -> (input_ids, attention_mask), padded on the right."""
+def pad_rows(rows: Sequence[Sequence[int]], *, pad_id: int, width: int = 0) -> tuple[Int[Tensor, "chunk token"], Int[Tensor, "chunk token"]]:
+    """Rows of ids -> (input_ids, attention_mask), padded on the right to the longest, or to `width` where that is more."""
     lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    mask = np.arange(lengths.max(initial=width)) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=int(lengths.sum()))
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

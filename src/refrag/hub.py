@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
 from .errors import InputError, MismatchError, NotFoundError, RefragError, missing_extra
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter.safetensors"
 ENCODER_TOKENIZER = "encoder_tokenizer"
 DOWNLOAD_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+OUTPUT_LAYERS = ["lm_head", "embed_out"]
+"""Names of a decoder's last layer: GPT-NeoX has the second."""
 BOUND = ("chunk_size", "pooling", "projector_width", "policy", "encoder_config", "decoder_config")
 """Settings that the weights were trained with: a folder cannot be loaded with others."""
 
@@ -161,6 +164,22 @@ def load_tokenizer(name: str, subfolder: str = "", **download: Any) -> Any:
     except (OSError, ValueError) as error:
         logger.warning("The tokenizer in %s could not be read: %s", name, first_line(error))
         return None
+
+
+def quantize_decoder_only(kwargs: dict[str, Any]) -> None:
+    """Let a `quantization_config` among `kwargs` spare all but the decoder's layers.
+
+    An index's vectors belong to the encoder's own weights, and projector and policy compute in the type of theirs. The
+    decoder's output layer is spared too, as transformers does where nothing is said. The config given is not changed.
+    """
+    config = kwargs.get("quantization_config")
+    if config is None:
+        return
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
+    for key in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if hasattr(config, key):
+            setattr(config, key, [*(getattr(config, key) or OUTPUT_LAYERS), "encoder", "projector", "policy"])
+    kwargs["quantization_config"] = config
 
 
 def load_adapter(model_class: Any, name: str, config: Any, **kwargs: Any) -> Any:

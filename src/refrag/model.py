@@ -341,6 +341,7 @@ class RefragModel(PreTrainedModel, GenerationMixin):
         if config.parts == "adapter":
             model, info = hub.load_adapter(cls, name, config, **kwargs), {}
         else:
+            hub.quantize_decoder_only(kwargs)
             kwargs |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
             with hub.readable_weights(name):
                 loaded: Any = super().from_pretrained(name, *args, **kwargs)

@@ -188,9 +188,8 @@ def learned_rule(module: nn.Module) -> Policy:
             return torch.zeros(0)
         device = next(module.parameters()).device
         chunks, passages = inputs.chunk_embeds[None].to(device), inputs.passage_index[None].to(device)
-        mask = torch.ones(chunks.shape[:2], dtype=torch.bool, device=device)
         question = None if inputs.question_embeds is None else inputs.question_embeds[None].to(device)
-        return module(chunks, mask, question_embeds=question, passage_index=passages)[0].to(inputs.chunk_embeds.device)
+        return module(chunks, None, question_embeds=question, passage_index=passages)[0].to(inputs.chunk_embeds.device)
 
     return score
 
@@ -215,18 +214,19 @@ class MlpPolicy(nn.Module):
     def forward(
         self,
         chunk_embeds: Float[Tensor, "batch chunk enc"],
-        chunk_mask: Bool[Tensor, "batch chunk"],
+        chunk_mask: Bool[Tensor, "batch chunk"] | None,
         question_embeds: Float[Tensor, "batch enc"] | None = None,
         passage_index: Int[Tensor, "batch chunk"] | None = None,
     ) -> Float[Tensor, "batch chunk"]:
-        """Logits in float32, `MASKED` where `chunk_mask` is False (padding); `passage_index` is not looked at."""
+        """Logits in float32, `MASKED` where `chunk_mask` is False (padding; None: nowhere); `passage_index` is not looked at."""
         dtype = self.up.weight.dtype
         features = rms_normalize(chunk_embeds).to(dtype)
         if self.question_aware:
             question = rms_normalize(_question(question_embeds)).to(dtype).unsqueeze(1).expand_as(features)
             features = torch.cat([features, question, features * question], dim=-1)
         hidden = F.gelu(self.middle(F.gelu(self.up(features))))
-        return self.logit(hidden).squeeze(-1).float().masked_fill(~chunk_mask, MASKED)
+        logits = self.logit(hidden).squeeze(-1).float()
+        return logits if chunk_mask is None else logits.masked_fill(~chunk_mask, MASKED)
 
 
 class TransformerPolicy(nn.Module):
@@ -255,24 +255,29 @@ class TransformerPolicy(nn.Module):
     def forward(
         self,
         chunk_embeds: Float[Tensor, "batch chunk enc"],
-        chunk_mask: Bool[Tensor, "batch chunk"],
+        chunk_mask: Bool[Tensor, "batch chunk"] | None,
         question_embeds: Float[Tensor, "batch enc"] | None = None,
         passage_index: Int[Tensor, "batch chunk"] | None = None,
     ) -> Float[Tensor, "batch chunk"]:
-        """Logits in float32, `MASKED` where `chunk_mask` is False (padding); without `passage_index` all chunks are one passage."""
-        dtype = self.chunk.weight.dtype
-        vectors = rms_normalize(chunk_embeds).to(dtype) * chunk_mask.unsqueeze(-1)
+        """Logits in float32, `MASKED` where `chunk_mask` is False (padding); without `passage_index` all chunks are one passage.
+
+        No mask means no padding: the layers are about twice as fast then, the same up to rounding.
+        """
+        dtype, real = self.chunk.weight.dtype, chunk_mask
+        if real is None:
+            real = torch.ones(chunk_embeds.shape[:2], dtype=torch.bool, device=chunk_embeds.device)
+        vectors = rms_normalize(chunk_embeds).to(dtype) * real.unsqueeze(-1)
         if passage_index is None:
-            passage_index = torch.zeros_like(chunk_mask, dtype=torch.long)
-        hidden = self.chunk(vectors) + self.passage(_passage_means(vectors, chunk_mask, passage_index))
+            passage_index = torch.zeros_like(real, dtype=torch.long)
+        hidden = self.chunk(vectors) + self.passage(_passage_means(vectors, real, passage_index))
         hidden = hidden + _sinusoids(hidden.shape[1], hidden.shape[2], hidden)
-        mask = chunk_mask
+        padding = None if chunk_mask is None else ~chunk_mask
         if self.question is not None:
             question = self.question(rms_normalize(_question(question_embeds)).to(dtype))
             hidden = torch.cat([question.unsqueeze(1), hidden], dim=1)
-            mask = F.pad(mask, (1, 0), value=True)
-        hidden = self.layers(hidden, src_key_padding_mask=~mask)[:, -chunk_embeds.shape[1] :]
-        return self.logit(hidden).squeeze(-1).float().masked_fill(~chunk_mask, MASKED)
+            padding = None if padding is None else F.pad(padding, (1, 0), value=False)
+        hidden = self.layers(hidden, src_key_padding_mask=padding)[:, -chunk_embeds.shape[1] :]
+        return self.logit(hidden).squeeze(-1).float().masked_fill(~real, MASKED)
 
 
 def _question(question_embeds: Tensor | None) -> Tensor:

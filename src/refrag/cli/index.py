@@ -1,7 +1,7 @@
 """`refrag index`: make an index of passages and look after it."""
 
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from tyro.conf import Positional, subcommand
 from ..config import IndexSettings
 from ..errors import InputError, NotFoundError
 from .options import AsJson, Folder, Messages, ModelOptions, Owner, Reading, check_paths, show
-from .progress import Gauge, passage_bar
+from .progress import Count, Gauge, passage_bar
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class IndexVerify:
 
         try:
             index = self.owner.open(self.index)
-            problems = index.verify()
+            count = Count(index.count)
+            with passage_bar(console, "verifying", count) as progress:
+                problems = index.verify(progress=lambda number: progress(count.add(number)))
         except DamagedIndexError as error:
             print(error)
             return 1
@@ -138,10 +140,10 @@ class IndexVerify:
 
 @dataclass(frozen=True)
 class IndexImport:
-    """Make an index of the prototype's index folder: faiss.index with faiss_passages.npy or texts.npy."""
+    """Make an index of the prototype's index folder: faiss.index with faiss_passages.npy or texts.npy; convert its checkpoint too."""
 
     folder: Positional[Path]
-    """The prototype's folder."""
+    """The prototype's index folder."""
     index: Folder
     """Folder of the new index."""
     settings: IndexSettings
@@ -149,15 +151,33 @@ class IndexImport:
     messages: Messages
     rebuild: bool = False
     """Make it anew beside the index that is there, and replace that one at the end."""
+    checkpoint: Path | None = None
+    """Folder of a prototype checkpoint (checkpoint.pt and decoder/), whose model makes the index; needs --save-model."""
+    save_model: Path | None = None
+    """Folder for the model that is made of the checkpoint."""
 
     def run(self) -> int:
         """Its passages are encoded anew: the prototype stored no chunk vectors."""
         from ..index import building, import_prototype
 
         console = self.messages.console()
-        passages = _started(import_prototype(self.folder))
-        with building(self.index, self.model.load(), self.settings, rebuild=self.rebuild) as index:
-            return _add(index, passages, Gauge(()), console=console)
+        passages = list(import_prototype(self.folder))  # they were read whole already
+        with building(self.index, self._model(console), self.settings, rebuild=self.rebuild) as index:
+            return _add(index, iter(passages), Count(len(passages)), console=console)
+
+    def _model(self, console: Console) -> Any:
+        """The model named, or the one made of the checkpoint."""
+        if (self.checkpoint is None) != (self.save_model is None):
+            raise InputError("A checkpoint is converted into a model folder: give both --checkpoint FOLDER and --save-model FOLDER.")
+        if self.checkpoint is None:
+            return self.model.load()
+        if self.model.model != ModelOptions.model:
+            raise InputError("The index is made by one model: give either --model or --checkpoint.")
+        from ..index.checkpoint import NOT_CONVERTED, convert_checkpoint
+
+        convert_checkpoint(self.checkpoint).save_pretrained(str(self.save_model))
+        console.print(f"{self.checkpoint} is now the model {self.save_model}. {NOT_CONVERTED}")
+        return replace(self.model, model=str(self.save_model)).load()
 
 
 def _started(passages: Iterator[Any]) -> Iterator[Any]:
@@ -165,7 +185,7 @@ def _started(passages: Iterator[Any]) -> Iterator[Any]:
     return chain(list(islice(passages, 1)), passages)
 
 
-def _add(index: Any, passages: Iterator[Any], gauge: Gauge, *, console: Console, sources: Set[str] = frozenset()) -> int:
+def _add(index: Any, passages: Iterator[Any], gauge: Gauge | Count, *, console: Console, sources: Set[str] = frozenset()) -> int:
     with passage_bar(console, "indexing", gauge) as progress:
         counts = index.add(gauge.watch(passages), progress=progress, sources=sources)
     show(counts, as_json=True)

@@ -34,6 +34,24 @@ class Gauge:
         self._finished, self._current = self.total, 0
 
 
+class Count:
+    """A known number of passages, where the time left follows from the number done."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.read = total, 0
+
+    def add(self, number: int) -> int:
+        """So many more are done; returns the number."""
+        self.read += number
+        return number
+
+    def watch(self, passages: Iterable[Any]) -> Iterator[Any]:
+        """The same passages."""
+        for passage in passages:
+            self.add(1)
+            yield passage
+
+
 def _size(path: Path) -> int:
     """Bytes of a file, uncompressed, or of all files in a folder that can be read; 0 where nobody can say."""
     from ..index.documents import reader_of
@@ -52,7 +70,7 @@ def _size(path: Path) -> int:
 
 
 @contextmanager
-def passage_bar(console: Console, what: str, gauge: Gauge) -> Generator[Callable[[int], None]]:
+def passage_bar(console: Console, what: str, gauge: Gauge | Count) -> Generator[Callable[[int], None]]:
     """A bar with count, rate and an estimate of the time left; the function takes the number of passages just done."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

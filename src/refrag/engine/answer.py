@@ -78,9 +78,9 @@ class Request:
         _check_question(self.question)
         object.__setattr__(self, "passages", None if self.passages is None else passage_list(self.passages, "passages"))
         object.__setattr__(self, "history", tuple(_turn(turn) for turn in self.history))
-        check_whole("top_k", self.top_k, minimum=0)
-        if self.top_k < 1:
-            raise InputError(f"top_k must be 1 or more, was {self.top_k}: to answer without passages give an empty list of them.")
+        if self.top_k == 0:
+            raise InputError("top_k must be 1 or more, was 0: to answer without passages give an empty list of them.")
+        check_whole("top_k", self.top_k, minimum=1)
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise InputError(f"There is no policy {self.policy!r}{_nearest(self.policy, POLICIES)}: choose one of {', '.join(POLICIES)}.")
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..config import BUNDLED_MODEL
-from ..encoder import encoder_window
+from ..encoder import encoder_window, tokenize_texts
 from ..errors import BackendError, InputError, RefragError
 from ..layout import Layout, MixedInputs, lay_out, mix, num_slots
 from ..model import RefragModel, load_model
@@ -208,7 +208,8 @@ class Refrag:
         with watch("vectors_s"):
             vectors = self.vectors.chunk_embeds(prompts, needed=[request.policy != "all" for request in requests])
         with watch("sense_s"):
-            rows = [self._row(*parts) for parts in zip(requests, prompts, found, vectors, strict=True)]
+            questions = self._question_embeds(requests, prompts)
+            rows = [self._row(*parts) for parts in zip(requests, prompts, found, vectors, questions, strict=True)]
         with watch("layout_s"):
             layout = lay_out(prompts, [row.expand_mask for row in rows]).to(self.device)
             for slots, row in zip(layout.num_slots, rows, strict=True):
@@ -240,6 +241,8 @@ class Refrag:
             found = [(hit.passage, float(hit.score)) for hit in hits]
         else:
             raise InputError("There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=….")
+        if not found:
+            log.warning("No passage was found for %r: the answer rests on none.", request.question[:80])
         if self.reranker is None:
             return found
         return [*rerank(self.reranker, request.question, [own for own, _ in found], request.top_k)]
@@ -253,17 +256,20 @@ class Refrag:
             passages_first=request.passages_first,
         )
 
-    def _row(self, request: Request, prompt: Prompt, found: list[Found], vectors: Float[Tensor, "_ enc"]) -> Row:
+    def _policy(self, request: Request, prompt: Prompt) -> Any:
+        """Who decides for one prompt: the policy asked for, else the learned one where it is trained, else similarity."""
+        default = "learned" if self.model.has_trained_policy else "similarity"
+        return (request.policy or default) if prompt.chunks else "none"
+
+    def _row(self, request: Request, prompt: Prompt, found: list[Found], vectors: Float[Tensor, "_ enc"], question: Float[Tensor, "enc"] | None) -> Row:
         """The policy's decision for one prompt."""
-        learned = self.model.policy if self.model.has_trained_policy else None
-        policy = request.policy or ("learned" if learned is not None else "similarity")
-        policy = policy if prompt.chunks else "none"
+        policy = self._policy(request, prompt)
         lengths = torch.tensor([len(chunk.token_ids) for chunk in prompt.chunks], dtype=torch.long, device=self.device)
         inputs = PolicyInputs(
             chunk_embeds=vectors,
             chunk_lengths=lengths,
             passage_index=torch.tensor([chunk.passage for chunk in prompt.chunks], dtype=torch.long, device=self.device),
-            question_embeds=self._question_embeds(request.question) if _needs_question(policy, learned) else None,
+            question_embeds=question,
             perplexity=lambda: self.model.chunk_perplexity(prompt),
             seed=request.generation.seed,
         )
@@ -273,21 +279,28 @@ class Refrag:
             budget=request.budget,
             base_slots=num_slots(prompt, [False] * len(prompt.chunks)),
             default_fraction=self.model.config.expand_fraction,
-            learned=learned,
+            learned=self.model.policy if self.model.has_trained_policy else None,
         )
         rule = policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
         by_passage = {id(passage): score for passage, score in found if score is not None}
         return Row(request, prompt, by_passage, mask.cpu(), scores.float().cpu(), rule)
 
-    def _question_embeds(self, question: str) -> Float[Tensor, "enc"]:
+    def _question_embeds(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> list[Float[Tensor, "enc"] | None]:
+        """The encoder's vector of each question whose policy looks at it, encoded together and each once."""
+        is_aware = bool(getattr(self.model.policy, "question_aware", False))
+        wanted = [_needs_question(self._policy(request, prompt), is_aware) for request, prompt in zip(requests, prompts, strict=True)]
+        questions = list(dict.fromkeys(request.question for request, is_wanted in zip(requests, wanted, strict=True) if is_wanted))
+        if not questions:
+            return [None] * len(requests)
         window = encoder_window(self.model.encoder, self.model.encoder_tokenizer)
-        num_tokens = len(self.model.encoder_tokenizer(question)["input_ids"])
-        if num_tokens > window:
+        longest = max(map(len, tokenize_texts(self.model.encoder_tokenizer, questions, window=1 << 30)))
+        if longest > window:
             raise InputError(
-                f"The question has {num_tokens} tokens, {num_tokens - window} more than the encoder's window of {window}: "
+                f"The question has {longest} tokens, {longest - window} more than the encoder's window of {window}: "
                 "shorten it, or choose --policy first, which does not read it."
             )
-        return self.model.encode([question])[0]
+        embeds = dict(zip(questions, self.model.encode(questions), strict=True))
+        return [embeds[request.question] if is_wanted else None for request, is_wanted in zip(requests, wanted, strict=True)]
 
     def _mix(self, layout: Layout, rows: Sequence[Row], vectors: Sequence[Float[Tensor, "_ enc"]]) -> MixedInputs:
         """Only compressed chunks are projected; the rows of expanded ones occupy no slot and stay zero."""
@@ -318,10 +331,10 @@ def _open(index: Any, model: RefragModel) -> Any:
     return index
 
 
-def _needs_question(policy: Any, learned: Any) -> bool:
-    """Only fixed rules are known not to look at the question's vector, and learned policies say so."""
+def _needs_question(policy: Any, is_aware: bool) -> bool:
+    """Only fixed rules are known not to look at the question's vector, and learned policies say so (`is_aware`)."""
     if policy == "learned":
-        return bool(getattr(learned, "question_aware", False))
+        return is_aware
     return policy == "similarity" or not isinstance(policy, str)
 
 

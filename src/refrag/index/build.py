@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..config import IndexSettings
 from ..errors import RefragError
 from .store import PassageIndex, local_address
-from .table import REBUILD, PassageTable, is_remote
+from .table import REBUILD, REPLACED, PassageTable, is_remote
 
 if TYPE_CHECKING:
     from ..model import RefragModel
@@ -22,6 +22,9 @@ def building(path: str | Path, model: "RefragModel", settings: IndexSettings, *,
     store it replaces the old one at once, so read the first passage before. Raises what `open_or_create` and `create` raise.
     """
     address = local_address(path)
+    PassageTable.finish_swap(address)
+    if PassageTable.exists(address):
+        PassageTable.drop(address, REPLACED)  # left by a kill after a rebuild had come into use
     if rebuild and PassageTable.exists(address):
         PassageTable.drop(address, REBUILD)  # of a rebuild that was killed
         try:

@@ -21,6 +21,9 @@ BLOCK_CHARACTERS = 1_000_000
 """Plain text is read in blocks of about this size, which end at a blank line: a file of any size fits."""
 
 KNOWN = ("id", "text", "title", "metadata")
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+"""What Python's `surrogateescape` makes of a byte that an encoding cannot read."""
+
 BadRow = Callable[[InputError], None]
 """Told of a row or file that cannot be read: raises the error, or counts it and returns."""
 
@@ -45,10 +48,10 @@ class Source:
     encoding: str
     on_bad: BadRow
 
-    def open(self) -> TextIOWrapper:
+    def open(self, *, errors: str = "strict", newline: str | None = None) -> TextIOWrapper:
         """The file as text, decompressed where its name ends in .gz; a byte order mark is not text."""
         encoding = "utf-8-sig" if self._is_utf8 else self.encoding
-        return self._opener(self.path, "rt", encoding=encoding)
+        return self._opener(self.path, "rt", encoding=encoding, errors=errors, newline=newline)
 
     def lines(self) -> Iterator[tuple[int, str | InputError]]:
         """Lines with their numbers, decoded one by one: an InputError stands for one that the encoding cannot read."""
@@ -61,10 +64,18 @@ class Source:
                 try:
                     yield number, line.decode(self.encoding).removeprefix("\ufeff" if number == 1 and self._is_utf8 else "")
                 except UnicodeDecodeError as error:
-                    yield number, InputError(
-                        f"{self.path}, line {number}: this is not {self.encoding} text (byte 0x{line[error.start]:02x});"
-                        " pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."
-                    )
+                    yield number, self._undecodable(f"{self.path}, line {number}", line[error.start])
+
+    def escaped(self, text: str, where: str) -> InputError | None:
+        """The error for text that was read with `surrogateescape` and holds a byte that the encoding cannot read, else None."""
+        found = _ESCAPED_BYTE.search(text)
+        return self._undecodable(where, ord(found[0]) - 0xDC00) if found else None
+
+    def _undecodable(self, where: str, byte: int) -> InputError:
+        return InputError(
+            f"{where}: this is not {self.encoding} text (byte 0x{byte:02x});"
+            " pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."
+        )
 
     @property
     def _opener(self) -> Callable[..., Any]:
@@ -160,39 +171,62 @@ def read_json_lines(source: Source) -> Iterator[Document]:
 
 
 def read_json(source: Source) -> Iterator[Document]:
-    """A JSON list of rows or one row, held in memory whole; a file of JSON lines under this name is read as such."""
-    with source.open() as file:
+    """A JSON list of rows or one row, held in memory whole; a file of JSON lines under this name is read as such.
+
+    A byte that the encoding cannot read spoils its row only.
+    """
+    with source.open(errors="surrogateescape") as file:
         text = file.read()
+    undecodable = source.escaped(text, str(source.path))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if not str(error).startswith("Extra data"):
-            source.on_bad(InputError(f"{source.path}: this file is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
-            return
-        content = None
-    if content is None:
-        yield from read_json_lines(source)
+        if str(error).startswith("Extra data"):
+            yield from read_json_lines(source)
+        else:
+            source.on_bad(undecodable or InputError(f"{source.path}: this file is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
         return
     for number, row in enumerate(content if isinstance(content, list) else [content], 1):
-        yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
+        where = f"{source.path}, row {number}"
+        if undecodable and (bad := source.escaped(json.dumps(row, ensure_ascii=False), where)):
+            source.on_bad(bad)
+            continue
+        yield from from_row(row, str(source.path), where, source.on_bad)
 
 
 def read_csv(source: Source) -> Iterator[Document]:
     """Comma- or tab-separated rows under a header with a `text` column."""
     csv.field_size_limit(1 << 30)
     tabs = ".tsv" in source.path.name.lower()
-    with source.open() as file:
-        rows = csv.DictReader(file, delimiter="\t" if tabs else ",")
+    with source.open(errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+        if bad := source.escaped("".join(rows.fieldnames or ()), f"{source.path}, line 1"):
+            source.on_bad(bad)
+            return
         if "text" not in (rows.fieldnames or ()):
             source.on_bad(InputError(f"{source.path}: the header must name a column 'text', has {', '.join(rows.fieldnames or ['nothing'])}."))
             return
-        for row in rows:
+        for row in _csv_rows(rows, source):
             where = f"{source.path}, line {rows.line_num}"
             extra = row.pop(None, None)  # type: ignore[call-overload]
             if extra or row["text"] is None:
                 source.on_bad(InputError(f"{where}: this row has {'more' if extra else 'fewer'} cells than the header; quote it, or keep the rest with --skip-bad."))
-                continue
-            yield from from_row(row, str(source.path), where, source.on_bad)
+            elif bad := source.escaped("".join(filter(None, row.values())), where):
+                source.on_bad(bad)
+            else:
+                yield from from_row(row, str(source.path), where, source.on_bad)
+
+
+def _csv_rows(rows: csv.DictReader, source: Source) -> Iterator[dict[str, Any]]:
+    """The rows that can be read; a quote that is never closed would make one cell of all that follows."""
+    while True:
+        first = rows.reader.line_num + 1
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            source.on_bad(InputError(f"{source.path}, line {first}: this row is not CSV ({error}); mend its quotes, or keep the rest with --skip-bad."))
 
 
 def read_parquet(source: Source) -> Iterator[Document]:

