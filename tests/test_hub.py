@@ -12,10 +12,6 @@ from conftest import DECODERS, assert_same, logits_of, mixed_mask
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers import auto as quantizers
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from refrag import hub
 from refrag.errors import BackendError, InputError, MismatchError, NotFoundError
@@ -92,38 +88,6 @@ def test_device_maps_place_the_parts(tiny_model, tmp_path, prompts):
     assert placed.hf_device_map == where
     assert_same(tiny_model, placed, prompts)
     assert placed.chunk_perplexity(prompts[0]).equal(tiny_model.chunk_perplexity(prompts[0]))
-
-
-def test_quantization_reaches_the_decoder_alone(tiny_model, tmp_path, monkeypatch):
-    """By a quantizer that only writes down what it would convert: an index's vectors need the encoder's own weights."""
-    converted: list[str] = []
-
-    class Config(QuantizationConfigMixin):
-        def __init__(self, modules_to_not_convert=None, **_):
-            self.quant_method, self.modules_to_not_convert = "recorded", modules_to_not_convert
-
-    class Quantizer(HfQuantizer):
-        requires_calibration = is_trainable = False
-
-        def is_serializable(self, **_):
-            return False
-
-        def _process_model_before_weight_loading(self, model, **_):
-            spared = self.get_modules_to_not_convert(model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules)
-            linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-            converted.extend(name for name in linear if should_convert_module(name, spared))
-
-    tiny_model.save_pretrained(tmp_path / "model")
-    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "recorded", Config)
-    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "recorded", Quantizer)
-    given = Config()
-    for config in (given, {"quant_method": "recorded"}):
-        converted.clear()
-        loaded = load_model(str(tmp_path / "model"), device="cpu", quantization_config=config)
-        assert "decoder.model.layers.0.self_attn.q_proj" in converted and len(converted) == 2 * 7
-        assert all(name.startswith("decoder.model.layers.") for name in converted)
-        assert loaded.fingerprint() == tiny_model.fingerprint()
-    assert given.modules_to_not_convert is None
 
 
 def test_half_precision_folders_load_exactly(make_model, tmp_path, prompts):
@@ -400,6 +364,10 @@ def test_push_uploads_a_loadable_folder_with_its_card(make_model, prompts, monke
             calls.append(("create", repo_id, private))
             return SimpleNamespace(repo_id=repo_id)
 
+        def create_branch(self, repo_id, *, branch, exist_ok):
+            assert exist_ok
+            calls.append(("branch", repo_id, branch))
+
         def upload_folder(self, *, repo_id, folder_path, commit_message, **kwargs):
             shutil.copytree(folder_path, tmp_path / "uploaded")
             calls.append(("upload", repo_id, commit_message, kwargs))
@@ -407,10 +375,22 @@ def test_push_uploads_a_loadable_folder_with_its_card(make_model, prompts, monke
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = make_model()
-    assert model.push_to_hub("me/refrag-tiny", private=True, token="secret", revision="dev") == "https://hub/me/refrag-tiny"
-    assert calls == [("token", "secret"), ("create", "me/refrag-tiny", True), ("upload", "me/refrag-tiny", "Upload refrag model", {"revision": "dev"})]
-    assert 'Refrag.from_pretrained("me/refrag-tiny")' in (tmp_path / "uploaded" / "README.md").read_text()
+    assert model.push_to_hub("me/refrag-tiny", private=True, token="secret", revision="dev", license="mit") == "https://hub/me/refrag-tiny"
+    uploaded = ("upload", "me/refrag-tiny", "Upload refrag model", {"revision": "dev"})
+    assert calls == [("token", "secret"), ("create", "me/refrag-tiny", True), ("branch", "me/refrag-tiny", "dev"), uploaded]
+    card = (tmp_path / "uploaded" / "README.md").read_text()
+    assert 'Refrag.from_pretrained("me/refrag-tiny")' in card and "license: mit" in card.split("---")[1]
     assert_same(model, RefragModel.from_pretrained(tmp_path / "uploaded"), prompts)
+
+
+def test_a_hub_that_refuses_is_one_sentence(tiny_model, monkeypatch):
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="secret")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: api)
+    with pytest.raises(BackendError, match=r"The model could not be uploaded to 'me/x' \(.*\): log in with  hf auth login  or pass token=…, and check the name"):
+        tiny_model.push_to_hub("me/x")
 
 
 @pytest.mark.parametrize("parts", ["all", "adapter"])

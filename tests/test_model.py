@@ -5,10 +5,14 @@ import torch
 import torch.nn.functional as F
 from conftest import DECODERS, logits_of, mixed_mask, vectors_of
 from transformers import DynamicCache
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers import auto as quantizers
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from refrag.errors import InputError, MismatchError, NotFoundError
 from refrag.layout import lay_out
-from refrag.model import RefragConfig, RefragModel
+from refrag.model import RefragConfig, RefragModel, load_model
 from refrag.text import PromptBuilder
 
 
@@ -252,3 +256,35 @@ def test_from_parts_that_do_not_exist_or_fit(make_encoder, make_decoder, tokeniz
 def test_encoding_without_a_tokenizer_says_so(make_encoder, make_decoder):
     with pytest.raises(InputError, match="encoder's tokenizer, this model has none"):
         RefragModel.from_parts(make_encoder("bert"), make_decoder("llama")).encode(["text"])
+
+
+def test_quantization_reaches_the_decoder_alone(tiny_model, tmp_path, monkeypatch):
+    """By a quantizer that only writes down what it would convert: an index's vectors need the encoder's own weights."""
+    converted: list[str] = []
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, modules_to_not_convert=None, **_):
+            self.quant_method, self.modules_to_not_convert = "recorded", modules_to_not_convert
+
+    class Quantizer(HfQuantizer):
+        requires_calibration = is_trainable = False
+
+        def is_serializable(self, **_):
+            return False
+
+        def _process_model_before_weight_loading(self, model, **_):
+            spared = self.get_modules_to_not_convert(model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules)
+            linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+            converted.extend(name for name in linear if should_convert_module(name, spared))
+
+    tiny_model.save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "recorded", Config)
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "recorded", Quantizer)
+    given = Config()
+    for config in (given, {"quant_method": "recorded"}):
+        converted.clear()
+        loaded = load_model(str(tmp_path / "model"), device="cpu", quantization_config=config)
+        assert "decoder.model.layers.0.self_attn.q_proj" in converted and len(converted) == 2 * 7
+        assert all(name.startswith("decoder.model.layers.") for name in converted)
+        assert loaded.fingerprint() == tiny_model.fingerprint()
+    assert given.modules_to_not_convert is None

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
-from .errors import InputError, MismatchError, NotFoundError, RefragError, missing_extra
+from .errors import BackendError, InputError, MismatchError, NotFoundError, RefragError, missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -346,11 +346,12 @@ def commit_of(name: str, revision: str | None) -> str | None:
     return commit[1] if commit else revision
 
 
-def model_card(model: Any) -> str:
+def model_card(model: Any, *, license: str | None = None) -> str:
     """README.md of a pushed model: front matter for the hub, what it is, how to load it."""
     config = model.config
     bases = [name for name in (config.decoder_name, config.encoder_name) if name and not Path(name).exists()]
     lines = ["---", "library_name: refrag", "pipeline_tag: text-generation", "tags: [refrag, rag, arxiv:2509.01092]"]
+    lines += [f"license: {license}"] if license else []
     lines += [f"base_model: [{', '.join(bases)}]"] if bases else []
     lines += ["---", "", "# A REFRAG model", ""]
     lines += [
@@ -376,15 +377,25 @@ def model_card(model: Any) -> str:
     return "\n".join(lines)
 
 
-def push(model: Any, repo_id: str, *, parts: str, **kwargs: Any) -> str:
-    """Upload the model's folder with its card; returns the address."""
+def push(model: Any, repo_id: str, *, parts: str, license: str | None = None, **kwargs: Any) -> str:
+    """Upload the model's folder with its card, to a branch that is made if needed; returns the address.
+
+    Raises BackendError when the hub refuses or cannot be reached.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=kwargs.pop("token", None))
-    repo_id = api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True).repo_id
+    private, branch, commit = kwargs.pop("private", None), kwargs.get("revision"), kwargs.pop("commit_message", "Upload refrag model")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         model.save_pretrained(folder, parts=parts)
-        (folder / "README.md").write_text(model_card(model).replace("REPOSITORY", repo_id), encoding="utf-8")
-        commit = kwargs.pop("commit_message", "Upload refrag model")
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit, **kwargs))
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if branch and not branch.startswith("refs/"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            (folder / "README.md").write_text(model_card(model, license=license).replace("REPOSITORY", repo_id), encoding="utf-8")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit, **kwargs))
+        except Exception as error:  # the hub's client raises errors of several libraries
+            raise BackendError(
+                f"The model could not be uploaded to {repo_id!r} ({first_line(error)}): log in with  hf auth login  or pass token=…, and check the name and the network."
+            ) from error

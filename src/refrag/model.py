@@ -358,7 +358,7 @@ class RefragModel(PreTrainedModel, GenerationMixin):
         hub.export_decoder(self, folder)
 
     def push_to_hub(self, repo_id: str, *, parts: str = "all", **kwargs: Any) -> str:
-        """Upload the model with a card; returns its address. `kwargs`: private, token, revision, commit_message, create_pr."""
+        """Upload the model with a card; returns its address. `kwargs`: license, private, token, revision, commit_message, create_pr."""
         return hub.push(self, repo_id, parts=parts, **kwargs)
 
 
