@@ -39,11 +39,11 @@ def index() -> list[str]:
     for mode, row in content["modes"].items():
         lines.append(f"| {mode} | {row['recall@1']:.3f} | {row['recall@8']:.3f} | {row['mrr']:.3f} |")
     speed = json.loads((ROOT / "results" / "indexing-roberta-base.json").read_text())
-    ratio, rounds = speed["speed"]["over_encoder_forward"]["median"], speed["settings"]["rounds"]
+    alone, both = ("{median:.2f} [{low:.2f}, {high:.2f}]".format(**speed["speed"][name]) for name in ("over_encoder_forward", "over_both_encoders"))
     return [
         *lines, "", "`python benchmarks/squad_recall.py --out results/squad_recall.json` → `results/squad_recall.json`", "",
-        f"Indexing, roberta-base: {ratio:.2f} of the encoder's own best forward, {rounds} rounds, no interval: "
-        "`python benchmarks/indexing.py --encoder-shape roberta-base` → `results/indexing-roberta-base.json`",
+        f"Indexing, roberta-base, {speed['settings']['rounds']} rounds: {alone} of the encoder's own best forward, {both} of it and the retrieval encoder's together: "
+        f"`{speed['provenance']['command']}` → `results/indexing-roberta-base.json`",
     ]  # fmt: skip
 
 

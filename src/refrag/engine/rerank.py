@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError, NotFoundError
+from ..index.retrieve import is_on_hub
 from ..text import Passage
 
 CANDIDATES = 4
@@ -22,9 +23,10 @@ class CrossEncoder:
         """Raises NotFoundError when there is no such model, InputError when it has several outputs."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        loading = {"local_files_only": not is_on_hub(name)}  # else an unknown name is looked for again and again
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, **loading)
+            self.model = AutoModelForSequenceClassification.from_pretrained(name, **loading).to(device).eval()
         except (OSError, ValueError) as error:
             raise NotFoundError(f"There is no reranker {name!r} on this machine or the hub: check --reranker.") from error
         if self.model.config.num_labels != 1:

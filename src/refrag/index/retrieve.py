@@ -51,7 +51,7 @@ class SentenceEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         source, target = _locate(name), resolve_device(device)
-        loading = {"local_files_only": not _is_on_hub(source)}
+        loading = {"local_files_only": not is_on_hub(source)}
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source, **loading)
             self.tokenizer.backend_tokenizer.no_padding()  # some tokenizer files pad and cut every text to 128 tokens
@@ -138,7 +138,7 @@ def _locate(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def _is_on_hub(source: str) -> bool:
+def is_on_hub(source: str) -> bool:
     """Whether the hub answers and has this repository: one request, no retries. What is in the cache is used where not."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
