@@ -7,7 +7,7 @@ from ..model import RefragModel
 from .batches import ChunkedDocuments, ChunkRef, layout_batch
 from .curriculum import num_chunks
 from .documents import document_data
-from .fit import fit, freeze, trainable_policy
+from .fit import fit, freeze
 from .settings import CptSettings
 
 
@@ -85,5 +85,5 @@ def run(settings: CptSettings) -> dict[str, Any]:
 
 def prepare(model: RefragModel, settings: CptSettings) -> Any:
     """Everything but the policy is trained; returns the data."""
-    freeze(trainable_policy(model))
+    freeze(model.policy)
     return document_data(model, settings, ContinualPretraining)

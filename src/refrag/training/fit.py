@@ -105,11 +105,6 @@ def freeze(module: nn.Module | None) -> None:
         module.requires_grad_(False)
 
 
-def trainable_policy(model: RefragModel) -> nn.Module | None:
-    """The learned policy, if the model has one: the stages before the last leave it alone."""
-    return model.policy
-
-
 def precision_of(settings: TrainSettings) -> str:
     """bf16, fp16 or fp32; raises InputError for fp16 on a CPU."""
     device = resolve_device(settings.device)

@@ -6,7 +6,7 @@ from ..model import RefragModel
 from .batches import ChunkedDocuments, ChunkRef, layout_batch
 from .curriculum import num_chunks
 from .documents import document_data
-from .fit import fit, freeze, trainable_policy
+from .fit import fit, freeze
 from .settings import ReconstructionSettings
 
 
@@ -48,5 +48,5 @@ def run(settings: ReconstructionSettings) -> dict[str, Any]:
 def prepare(model: RefragModel, settings: ReconstructionSettings) -> Any:
     """Freeze what this stage does not train; returns its data."""
     freeze(model.decoder)
-    freeze(trainable_policy(model))
+    freeze(model.policy)
     return document_data(model, settings, Reconstruction)

@@ -17,7 +17,7 @@ from ..text import Passage, Prompt, PromptBuilder
 from .batches import layout_batch
 from .data import Question, load
 from .documents import items_per_step, steps_of
-from .fit import StageData, fit, freeze, trainable_policy
+from .fit import StageData, fit, freeze
 from .settings import SftSettings
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def run(settings: SftSettings) -> dict[str, Any]:
 
 def prepare(model: RefragModel, settings: SftSettings) -> StageData:
     """Everything but the policy is trained; returns the data."""
-    freeze(trainable_policy(model))
+    freeze(model.policy)
     if settings.streaming:
         raise InputError("Fine-tuning reads its questions whole, --streaming is for documents: leave it out.")
     loaded = load(settings, "questions")

@@ -31,8 +31,13 @@ def next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> t
     Returns a scalar and a bool tensor [batch slot-1].
     """
     losses, correct = token_losses(logits, labels)
+    return weighted_mean(losses, labels, weights), correct
+
+
+def weighted_mean(losses: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of `losses` [batch slot-1] over the labels that count, each with its weight if there are weights [batch slot]."""
     weight = (labels[:, 1:] != -100).float() if weights is None else weights[:, 1:]
-    return (losses * weight).sum() / weight.sum().clamp(min=1e-6), correct
+    return (losses * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +106,7 @@ class RefragTrainer(Trainer):
         labels, weights, _, _, segments, _ = (batch.pop(key, None) for key in ("labels", "loss_weights", "answers", "name", "segments", "rows"))
         batch |= {"labels": None} if segments is None else {"labels": None, **apart(segments)}
         losses, correct = token_losses(model(**batch).logits, labels)
-        weight = (labels[:, 1:] != -100).float() if weights is None else weights[:, 1:]
-        return (losses * weight).sum() / weight.sum().clamp(min=1e-6), losses, correct
+        return weighted_mean(losses, labels, weights), losses, correct
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called after every backward pass, before the optimizer's step."""
