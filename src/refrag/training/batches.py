@@ -26,9 +26,15 @@ from ..text import Chunk, ChunkedText, Passage, Prompt, PromptBuilder
 logger = logging.getLogger(__name__)
 
 ROUND = 64
-"""Slots and chunks of a batch are padded to multiples of this: kernels are compiled once per shape."""
+"""Slots and chunks of a large batch are padded to multiples of this, those of a small one to less (`padding`): kernels are compiled once per shape."""
 
 CACHED_DOCUMENTS = 4096
+
+
+def padding(size: int) -> int:
+    """How much is added to `size` slots or chunks, so that few sizes occur: an eighth at the most, but for the shortest."""
+    step = min(ROUND, max(8, 1 << max(0, size.bit_length() - 4)))
+    return -size % step
 
 
 @runtime_checkable
@@ -48,13 +54,13 @@ def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[boo
     several processes need every part of the model in every step. Slots and chunks are padded to round numbers.
     """
     layout = lay_out(prompts, masks, padding_side="right", **targets)
-    extra = -layout.source.shape[1] % ROUND
+    extra = padding(layout.source.shape[1])
     source, labels = nn.functional.pad(layout.source, (0, extra), value=PADDING), nn.functional.pad(layout.labels, (0, extra), value=IGNORED)
     batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels, num_chunks=0), "labels": labels}
     if all(map(all, masks)) and not encode_all:
         return batch
     texts = [text for prompt in prompts for text in prompt.chunk_texts()]
-    ids, mask = encoder_inputs(model.encoder, model.encoder_tokenizer, texts + [""] * (-len(texts) % ROUND))
+    ids, mask = encoder_inputs(model.encoder, model.encoder_tokenizer, texts + [""] * padding(len(texts)))
     batch["layout"] = replace(batch["layout"], num_chunks=len(ids))
     return batch | {"encoder_input_ids": ids, "encoder_attention_mask": mask}
 
