@@ -277,7 +277,6 @@ def test_a_closed_pipe_is_no_error_to_shout_about(model: str, capsys, monkeypatc
         (["index", "build", "a"], "--index"),
         (["aks", "q"], "ask"),
         ([], "Expected one of"),
-        (["ask", "q", "--policy", "none-at-all"], "perplexity-low"),
     ],
 )
 def test_unknown_words_exit_with_2_and_the_nearest_name(arguments: list[str], nearest: str, capsys) -> None:
@@ -360,6 +359,9 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
         (["ask", QUESTION, "--index", INDEX, "--temperature", "nan"], "temperature must be 0 or more, and finite, was nan"),
         (["ask", QUESTION, "--index", INDEX, "--seed", str(2**70)], "seed must be at most"),
         (["ask", QUESTION, "--index", INDEX, "--sample-top-k", "-1"], "top_k must be 0 or more, was -1"),
+        (["ask", QUESTION, "--index", INDEX, "--policy", "similiarity"], "There is no policy 'similiarity' (did you mean 'similarity'?): choose one of none, all,"),
+        (["ask", QUESTION, "--passages", CORPUS, "--model", MODEL, "--faiss", "Flat"], "--faiss searches the vectors of an index by meaning"),
+        (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--faiss", "Nonsense"], "FAISS cannot make 'Nonsense' of"),
         (["demo", "--num-questions", "0"], "num_questions must be 1 or more, was 0."),
         (["demo", "--model", MISSING], "There is no model folder at ./missing: check --model."),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--top-k", "0"], "top_k must be 1 or more, was 0"),
@@ -393,7 +395,7 @@ def test_a_broken_line_is_named_and_left_out_only_when_asked(model: str, tmp_pat
     assert main([*command, "--skip-bad"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["added"] == 2
-    assert "1 bad rows or files were left out" in said.err
+    assert "1 bad row or file was left out" in said.err
 
 
 def test_an_index_of_another_model_is_refused(make_model, index: str, tmp_path: Path, capsys) -> None:

@@ -234,6 +234,29 @@ def test_reading_streams(tmp_path, builder):
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_dataset_on_the_hub_is_read_by_its_name(tmp_path, read, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "One."}\n{"id": "b", "text": "Two."}\n')
+    files, real = {"train": str(tmp_path / "rows.jsonl")}, datasets.load_dataset  # there is no hub here: the same rows, from a file
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: real("json", data_files=files, cache_dir=str(tmp_path / "cache"), **options))
+    monkeypatch.chdir(tmp_path)
+    assert [(passage.id, passage.text) for passage in read("someone/facts")] == [("a", "One."), ("b", "Two.")]
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, read, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def absent(name, **options):
+        raise FileNotFoundError(f"Dataset '{name}' doesn't exist.")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError, match=r"There is no file or folder no/where, nor a dataset of this name on the hub \(Dataset 'no/where' doesn't exist\): check the name"):
+        read("no/where")
+    with pytest.raises(NotFoundError, match=r"There is no file or folder no/where.txt: check the path"):
+        read("no/where.txt")
+
+
 def test_missing_and_unknown_files(tmp_path, read):
     with pytest.raises(NotFoundError, match=r"There is no file or folder .*nothing.txt: check the path"):
         read(tmp_path / "nothing.txt")
@@ -276,7 +299,7 @@ def test_bad_rows(tmp_path, read, caplog, name, content, message):
         read(tmp_path / name)
     with caplog.at_level("WARNING"):
         assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Two."]
-    assert "1 bad rows or files were left out; the first: " in caplog.text
+    assert "1 bad row or file was left out; the first: " in caplog.text and "--skip-bad" not in caplog.text
 
 
 def test_a_quote_that_is_never_closed_is_no_cell(tmp_path, read, caplog):
@@ -344,7 +367,7 @@ def test_a_badly_encoded_row_costs_that_row_only(tmp_path, read, caplog, name, c
         read(tmp_path / name)
     with caplog.at_level("WARNING"):
         assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Zwölf."]
-    assert f"1 bad rows or files were left out; the first: {tmp_path / name}, {where}: this is not utf-8 text" in caplog.text
+    assert f"1 bad row or file was left out; the first: {tmp_path / name}, {where}: this is not utf-8 text" in caplog.text
     passages = read(tmp_path / name, encoding="latin-1")
     assert len(passages) == 3 and "ö" in passages[1].text + passages[1].title + passages[1].id
 

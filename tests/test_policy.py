@@ -132,6 +132,12 @@ def test_fractions_round_down_as_on_paper():
     assert len(pick([0.0] * 10, Budget(), default_fraction=0.25)) == 2
 
 
+def test_without_a_budget_one_chunk_is_expanded_at_the_least():
+    assert pick([0.0, 2.0, 1.0], Budget(), default_fraction=0.065) == [1]
+    assert pick([0.0, 2.0, 1.0], Budget(), default_fraction=0.0) == []
+    assert pick([0.0, 2.0, 1.0], Budget(expand_fraction=0.065), default_fraction=0.5) == []
+
+
 def test_equal_scores_are_taken_in_chunk_order():
     assert pick([1.0, 2.0, 1.0, 2.0, 1.0], Budget(expand_chunks=3)) == [0, 1, 3]
 

@@ -33,7 +33,7 @@ def check_whole(name: str, value: Any, *, minimum: int) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the context may be expanded. At most one field may be set; none set: the policy's default."""
+    """How much of the context may be expanded. At most one field may be set; none set: the model's own share (`refrag info` shows it), and at least one chunk."""
 
     expand_fraction: float | None = None
     """Share p of the chunks, 0 to 1: at most floor(p * num_chunks) chunks are expanded."""

@@ -107,7 +107,7 @@ def select(
 
     `base_slots` are the slots of the whole prompt with nothing expanded; expanding a chunk of n tokens adds n - 1.
     A fraction p means at most floor(p * L) of L chunks, a number at most itself, `max_slots` stops before the first
-    chunk that would not fit; without a budget `default_fraction` holds.
+    chunk that would not fit; without a budget `default_fraction` holds, and one chunk at the least unless it is 0.
     Raises InputError for scores that are not numbers and for a `max_slots` that even the compressed prompt exceeds.
     """
     if scores.isnan().any():
@@ -134,7 +134,8 @@ def _num_chunks(budget: Budget, num_chunks: int, default_fraction: float) -> int
     if budget.expand_chunks is not None:
         return min(budget.expand_chunks, num_chunks)
     fraction = default_fraction if budget.expand_fraction is None else budget.expand_fraction
-    return min(math.floor(fraction * num_chunks + 1e-9), num_chunks)
+    least = 1 if budget.expand_fraction is None and fraction else 0
+    return min(max(least, math.floor(fraction * num_chunks + 1e-9)), num_chunks)
 
 
 def decide(

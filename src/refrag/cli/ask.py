@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .. import __version__
-from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, PolicyName, check_whole
+from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, check_whole
 from ..errors import InputError
 from ..evaluation.settings import LatencySettings
 from .options import AsJson, Device, Messages, ModelOptions, Reading, check_paths, show
@@ -47,8 +47,10 @@ class Ask:
     """Only passages for which this SQL filter on the index's columns holds."""
     reranker: str | None = None
     """Cross-encoder that reorders the passages found: folder or name."""
-    policy: PolicyName | None = None
-    """Who decides which chunks are expanded. By default the learned policy if the model has one, else similarity."""
+    faiss: Annotated[str | None, arg(metavar="FACTORY")] = None
+    """Retrieve by a FAISS index over the same vectors, made in memory from this `index_factory` string, such as Flat or HNSW32."""
+    policy: Annotated[str | None, arg(metavar="NAME")] = None
+    """Who decides which chunks are expanded: none, all, random, first, similarity, perplexity, perplexity-low or learned. By default the learned policy if the model has one, else similarity."""
     system: str | None = None
     """System text."""
     trace: bool = False
@@ -73,11 +75,22 @@ class Ask:
         if self.index is not None:  # what can be refused is refused before the model is loaded
             PassageIndex.open(self.index)
         engine = Refrag(self.model.load(), index=self.index, reranker=self.reranker)
+        if self.faiss is not None:
+            engine.retriever = self._retriever(engine, self.faiss)
         answer = self._answer(engine, request)
         if self.trace:
             console.print(render_trace(answer))
         console.print(render_summary(answer))
         return 0
+
+    def _retriever(self, engine: Any, factory: str) -> Any:
+        """FAISS over the index's vectors, as deep as the engine looks."""
+        from ..engine.rerank import CANDIDATES
+        from ..index import FaissRetriever
+
+        if engine.index is None or self.mode != "dense":
+            raise InputError("--faiss searches the vectors of an index by meaning: give --index, and leave --mode out.")
+        return FaissRetriever(engine.index, index_factory=factory, top_k=self.top_k * (CANDIDATES if self.reranker else 1))
 
     def _answer(self, engine: Any, request: Any) -> Any:
         if self.passages is not None:

@@ -17,7 +17,7 @@ from .progress import Count, Gauge, passage_bar
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """Make an index of files and folders: txt, md, html, pdf, json, jsonl, csv, parquet (.gz too) and saved datasets.
+    """Make an index of files and folders: txt, md, html, pdf, json, jsonl, csv, parquet (.gz too), and of Hugging Face datasets, saved ones or by hub name.
 
     After an interruption the same command finishes the rest. What a file no longer holds is removed.
     """

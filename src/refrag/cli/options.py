@@ -27,7 +27,7 @@ class Messages:
     quiet: bool = False
     """Say nothing but errors: no progress, no tables."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """debug shows context and target lengths, losses and shapes."""
+    """debug shows lengths and shapes; training logs its losses at any level below error."""
 
     def console(self) -> Console:
         """Sets up logging; all that is not data goes through this console."""
@@ -98,7 +98,11 @@ class Reading:
 def check_paths(paths: Sequence[Path]) -> None:
     """Before a model is loaded."""
     for path in paths:
-        if not path.exists():
+        if path.exists():
+            continue
+        from ..index.documents import is_hub_name
+
+        if not is_hub_name(path):
             raise NotFoundError(f"There is no file or folder {path}: check the path.")
     if not paths:
         raise InputError("Nothing was named to read: give files or folders before --index.")

@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, missing_extra
+from ..errors import InputError, NotFoundError, missing_extra
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ BLOCK_CHARACTERS = 1_000_000
 """Plain text is read in blocks of about this size, which end at a blank line: a file of any size fits."""
 
 KNOWN = ("id", "text", "title", "metadata")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 """What Python's `surrogateescape` makes of a byte that an encoding cannot read."""
 
@@ -244,13 +245,20 @@ def read_parquet(source: Source) -> Iterator[Document]:
 
 
 def read_dataset(source: Source) -> Iterator[Document]:
-    """A Hugging Face dataset (or a dict of them) written by `save_to_disk`."""
+    """A Hugging Face dataset written by `save_to_disk`, or one on the hub by its name; all its splits, one after the other."""
     try:
-        from datasets import DatasetDict, load_from_disk
+        from datasets import load_dataset, load_from_disk
     except ImportError as error:
         raise missing_extra("datasets", "data", "Reading a Hugging Face dataset") from error
-    loaded = load_from_disk(str(source.path))
-    for part in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
+    if source.path.is_dir():
+        loaded = load_from_disk(str(source.path))
+    else:
+        try:
+            loaded = load_dataset(str(source.path), streaming=True)
+        except Exception as error:  # errors of several libraries
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise NotFoundError(f"There is no file or folder {source.path}, nor a dataset of this name on the hub ({reason}): check the name.") from error
+    for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
         for number, row in enumerate(part, 1):
             yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
 
@@ -346,8 +354,15 @@ READERS: dict[str, Callable[[Source], Iterable[Document]]] = {
 """Reader by the ending of the file's name; `.gz` may follow the endings of text formats."""
 
 
+def is_hub_name(path: Path) -> bool:
+    """Whether it can only be the name of a dataset on the hub: `owner/name`, no file or folder here, and no ending of a file that could be read."""
+    return not path.exists() and _HUB_NAME.fullmatch(str(path)) is not None and Path(path.name.lower().removesuffix(".gz")).suffix not in READERS
+
+
 def reader_of(path: Path) -> Callable[[Source], Iterable[Document]] | None:
-    """The reader for a file or a dataset folder, None for anything else."""
+    """The reader for a file, a dataset folder or the name of one on the hub, None for anything else."""
+    if is_hub_name(path):
+        return read_dataset
     if path.is_dir():
         return read_dataset if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")) else None
     return READERS.get(Path(path.name.lower().removesuffix(".gz")).suffix)

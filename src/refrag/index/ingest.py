@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import IndexSettings
 from ..errors import InputError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
-from .documents import READERS, Document, Source, reader_of
+from .documents import READERS, Document, Source, is_hub_name, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def read_passages(
     encoding: str = "utf-8",
     sources: set[str] | None = None,
 ) -> Iterator[Passage]:
-    """Passages of files and folders (txt, md, html, pdf, json, jsonl, csv, tsv, parquet; .gz too) and saved datasets, streamed.
+    """Passages of files, folders (txt, md, html, pdf, json, jsonl, csv, tsv, parquet; .gz too), saved datasets and datasets on the hub, streamed.
 
     A passage has at most `settings.passage_tokens` decoder tokens. Longer rows, and all documents, become passages with `#1`,
     `#2`, … after the id; `source`, `start` and `end` (characters of the row's or document's text) are kept in the metadata.
@@ -48,7 +48,7 @@ def read_passages(
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.exists():
+    if not path.exists() and not is_hub_name(path):
         raise NotFoundError(f"There is no file or folder {path}: check the path.")
     if reader_of(path):
         return [path]
@@ -77,7 +77,8 @@ def _read(documents: "_Documents", splitter: "Splitter") -> Iterator[Passage]:
         count += 1
         yield passage
     if documents.num_bad:
-        log.warning("%d bad rows or files were left out; the first: %s", documents.num_bad, documents.first_bad)
+        what = "1 bad row or file was" if documents.num_bad == 1 else f"{documents.num_bad:,} bad rows or files were"
+        log.warning("%s left out; the first: %s", what, str(documents.first_bad).replace(", or keep the rest with --skip-bad", ""))
     if not count:
         named = ", ".join(map(str, documents.files[:3])) + "…" * (len(documents.files) > 3)
         raise InputError(f"No passage with text was found in {named}: check that the files are not empty.")
@@ -112,12 +113,12 @@ class _Documents:
             self._on_bad(InputError(f"The name of the file {str(path)!a} is not text in this system's encoding: rename it."))
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            self._on_bad(InputError(f"{path} is not {self.encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1."))
+            self._on_bad(InputError(f"{path} is not {self.encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."))
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, RefragError):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._on_bad(InputError(f"{path} cannot be read ({reason}): check the file."))
+            self._on_bad(InputError(f"{path} cannot be read ({reason}): check the file, or keep the rest with --skip-bad."))
 
     def _on_bad(self, error: InputError) -> None:
         if not self.skip_bad:
