@@ -6,7 +6,7 @@
 #   NNODES=1 GPUS=8 EXTRA="--set gradient_accumulation_steps=8" DATA=my-data runs/paper_7b.sh     one node, the same 256 rows
 #   DRY_RUN=1 runs/paper_7b.sh                           prints every setting of every stage and stops, in one process
 #
-# ENCODER and DECODER name other models of any size; EXTRA holds more flags, such as  EXTRA="--set num_steps=2 --set device=cpu".
+# ENCODER and DECODER name other models of any size; EXTRA holds more flags, such as  EXTRA="--set num_steps=2 --set device=cpu --set fsdp=false".
 # What is done is skipped: after an interruption the same command goes on.
 set -euo pipefail
 export OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TOKENIZERS_PARALLELISM=false

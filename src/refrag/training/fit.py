@@ -1,6 +1,7 @@
 """From settings to a trained model in a folder: what every stage does the same way, around `transformers.Trainer`."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..errors import InputError, missing_extra
 from ..model import RefragConfig, RefragModel
 from .checkpoints import LOG_FILE, MODEL_FOLDER, RESULT_FILE, Bar, LogFile, StopOnSignal, checkpoints, claim, resolve, write_json
 from .settings import TrainSettings
+from .sharding import full_state
 from .trainer import RefragTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def fit(settings: Any, stage: str, prepare: Prepare, *, trainer_class: Any = Ref
         return dry_run(settings, stage)
     if not settings.data:
         raise InputError("There is nothing to train on: name files, folders or data sets with --data.")
+    check_processes(settings)
     done = claim(settings, stage)
     if done is not None:
         logger.info("%s holds this run, finished", settings.output_dir)
@@ -131,10 +134,21 @@ def training_arguments(settings: TrainSettings, *, num_steps: int, evaluates: bo
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup_steps(num_steps), weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm, optim="adamw_bnb_8bit" if settings.optimizer == "adamw_8bit" else "adamw_torch", bf16=precision == "bf16", fp16=precision == "fp16",
         gradient_checkpointing=settings.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None, torch_compile=settings.torch_compile,
+        fsdp=True if settings.fsdp else None,  # ty: ignore[invalid-argument-type]  transformers wants True and says str
         use_cpu=resolve_device(settings.device).type == "cpu", logging_steps=settings.log_every, logging_nan_inf_filter=False, save_steps=settings.save_every,
         save_total_limit=settings.keep, report_to=list(settings.report_to) or "none", seed=settings.seed, data_seed=settings.seed, remove_unused_columns=False, dataloader_num_workers=0,
         ddp_find_unused_parameters=False, **evaluation,
     )  # fmt: skip
+
+
+def check_processes(settings: TrainSettings) -> None:
+    """Raises InputError for FSDP without several GPUs, and for one process that sees several GPUs, which would be used by threads and not be ours."""
+    device, processes = resolve_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp and (device.type != "cuda" or processes == 1):
+        raise InputError(f"--fsdp shards over several GPUs, this run has {processes} process{'es' * (processes > 1)} on {device.type}: start it by torchrun --nproc-per-node GPUS -m refrag.cli …, or leave --fsdp out.")
+    if processes == 1 and device.type == "cuda" and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        raise InputError(f"One process trains on one GPU, this one sees {count}: start it by torchrun --nproc-per-node {count} -m refrag.cli …, or set CUDA_VISIBLE_DEVICES=0.")
 
 
 def _check_bitsandbytes() -> None:
@@ -188,8 +202,9 @@ def save_model(trainer: Any, model: RefragModel, settings: TrainSettings) -> Non
     """Write the trained model to `model/`, whole or not at all."""
     if settings.lora_encoder and settings.lora_rank:
         merge_lora(model.encoder)
+    state: dict[str, Any] = {"state_dict": full_state(model)} if settings.fsdp else {}
     if trainer.args.should_save:
-        model.save_pretrained(settings.output_dir / MODEL_FOLDER)
+        model.save_pretrained(settings.output_dir / MODEL_FOLDER, **state)
     trainer.accelerator.wait_for_everyone()  # the next stage of a pipeline reads it on every process
 
 

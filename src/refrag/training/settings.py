@@ -77,6 +77,8 @@ class TrainSettings:
     """Recompute activations in the backward pass: less memory, more time."""
     torch_compile: bool = False
     """Compile the model."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the processes (FSDP2): several GPUs, started by torchrun. Without it every GPU holds the whole model (DDP)."""
     lora_rank: int = 0
     """Rank of LoRA layers on the decoder, whose own weights are then frozen; 0: none."""
     lora_encoder: bool = False
