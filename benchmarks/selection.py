@@ -6,7 +6,7 @@ Learned policies, over the vectors of one model whose encoder and decoder stay a
 question-aware, each trained by the paper's grouped objective from nothing (`scratch`), from marked evidence alone
 (`supervised`), and by the objective after a supervised start (`both`); all by `refrag train policy`, skipped where done.
 
-Log-perplexity (nats a token) is of the gold answer; `found` is the share of answerable questions for which a chunk that overlaps
+`its own policy` is the one that the model came with. Log-perplexity (nats a token) is of the gold answer; `found` is the share of answerable questions for which a chunk that overlaps
 the answer's characters is among the expanded; exact match is of the generated answer, after its citations.
 """
 
@@ -195,6 +195,9 @@ def main() -> None:
     cases = list(evaluation_cases(arguments.num_questions))
     items = items_of(source, cases)
     values = measure(source, cases, items, FIXED, arguments.fractions) | measure(source, cases, items, ("none", "all"), (0.0,))
+    if source.has_trained_policy:
+        own = measure(source, cases, items, ("learned",), arguments.fractions)
+        values |= {key.replace("learned", "its own policy"): row for key, row in own.items()}
     seeds: dict[str, dict[str, Any]] = {}
     for arm in dict.fromkeys(name.rpartition("-")[0] for name in names):
         runs = []
