@@ -1,13 +1,14 @@
-"""The paper's two training ablations in miniature, on TinyStories with the real decoder stories260K: what the curriculum and reconstruction are for.
+"""The paper's two training ablations in miniature: what the curriculum and reconstruction are for.
 
-    python benchmarks/tinystories.py --decoder DIR --data train.txt.gz --eval-data valid.txt.gz --out results/tinystories-ablations.json
+    python benchmarks/ablations.py --out results/ablations.json                                        the almanac, the bundled decoder
+    python benchmarks/ablations.py --decoder DIR --data train.txt --eval-data valid.txt --chunk-size 4  any other
 
 Arms, each with every seed, trained by the project's own stages (`refrag train …`) and skipped where they are done:
 
     reconstruction/paper, reconstruction/none      with and without curriculum, the same number of steps
     cpt/after, cpt/fresh                           continual pre-training from the first of these, and from a new encoder and projector
 
-Log-perplexity (nats a token) is of held-out stories: all tokens of the context from their vectors; and the tokens that
+Log-perplexity (nats a token) is of held-out documents: all tokens of the context from their vectors; and the tokens that
 follow the context. Nothing is expanded.
 """
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -25,30 +26,35 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaModel
 
+from refrag.config import BUNDLED_MODEL
+from refrag.demo.almanac import make_case
 from refrag.evaluation.provenance import result, write_result
+from refrag.model import load_model
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Reconstruction with and without curriculum, CPT with and without reconstruction first."""
 
-    decoder: str
-    """Folder of the decoder, a trained one."""
-    data: str
-    """Texts to train on."""
-    eval_data: str
+    decoder: str = ""
+    """Folder of the decoder, a trained one; by default the bundled model's."""
+    data: str = ""
+    """Texts to train on; by default the almanac's training world, and its held-out world to evaluate on."""
+    eval_data: str = ""
     """Texts to evaluate on; none of them may be in the data."""
-    runs: Path = Path("runs/tinystories")
+    num_documents: int = 4000
+    """Documents of the almanac, of eight passages each."""
+    runs: Path = Path("runs/ablations")
     """Folder of the trainings."""
-    chunk_size: int = 4
+    chunk_size: int = 8
     """Tokens a chunk, k."""
-    max_chunks: int = 16
+    max_chunks: int = 8
     """Chunks of the context."""
     output_tokens: int = 64
     """Tokens to predict after the context."""
-    reconstruction_steps: int = 3000
-    cpt_steps: int = 1500
-    batch_size: int = 32
+    reconstruction_steps: int = 600
+    cpt_steps: int = 300
+    batch_size: int = 16
     """Rows a step."""
     learning_rate: float = 3e-3
     """Peak learning rate of reconstruction; CPT takes a quarter of it."""
@@ -62,20 +68,34 @@ class Arguments:
 
 
 def make_encoder(decoder: str, folder: Path) -> Path:
-    """A RoBERTa of a third of a million parameters over the decoder's vocabulary, untrained but for the decoder's token embeddings, which it starts with."""
+    """A RoBERTa of two layers over the decoder's vocabulary, untrained but for the decoder's token embeddings, which it starts with."""
     if not (folder / "config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(decoder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
         torch.manual_seed(0)
+        known = AutoModelForCausalLM.from_pretrained(decoder).get_input_embeddings().weight.data
         config = RobertaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, max_position_embeddings=130, type_vocab_size=1,
+            vocab_size=len(tokenizer), hidden_size=max(128, known.shape[1]), num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, max_position_embeddings=130, type_vocab_size=1,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.04, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        encoder, known = RobertaModel(config, add_pooling_layer=False), AutoModelForCausalLM.from_pretrained(decoder).get_input_embeddings().weight.data
+        encoder = RobertaModel(config, add_pooling_layer=False)
         encoder.embeddings.word_embeddings.weight.data[:, : known.shape[1]] = known * (config.initializer_range / known.std())
         encoder.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def on_the_almanac(arguments: Arguments) -> Arguments:
+    """The bundled decoder, and documents of eight passages each of the two worlds."""
+    decoder, files = arguments.runs / "decoder", {"data": arguments.runs / "train.jsonl", "eval_data": arguments.runs / "held-out.jsonl"}
+    if not decoder.exists():
+        load_model(BUNDLED_MODEL, device="cpu", dtype="float32").export_decoder(decoder)
+    for (path, count), split in zip(((files["data"], arguments.num_documents), (files["eval_data"], 200)), ("train", "held-out"), strict=True):
+        if not path.exists():
+            cases = (make_case(f"ablations-{number}", split=split) for number in range(count))
+            texts = ("\n\n".join(f"{passage.title}\n{passage.text}" for passage in case.passages) for case in cases)
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return replace(arguments, decoder=str(decoder), **{name: str(path) for name, path in files.items()})
 
 
 def arms(arguments: Arguments, encoder: Path) -> list[list[tuple[str, list[str]]]]:
@@ -83,7 +103,7 @@ def arms(arguments: Arguments, encoder: Path) -> list[list[tuple[str, list[str]]
     fresh = ["--encoder", str(encoder), "--decoder", arguments.decoder, "--pooling", "mean", "--projector-width", "256", "--chunk-size", str(arguments.chunk_size)]
     common = [
         "--data", arguments.data, "--eval-data", arguments.eval_data, "--max-chunks", str(arguments.max_chunks), "--batch-size", str(arguments.batch_size),
-        "--eval-rows", str(arguments.eval_rows), "--precision", "fp32", "--optimizer", "muon", "--log-every", "50", "--device", "cpu",
+        "--eval-rows", str(arguments.eval_rows), "--optimizer", "muon", "--log-every", "50", "--device", "cpu",
     ]  # fmt: skip
     first, second = [], []
     for seed in arguments.seeds:
@@ -117,6 +137,9 @@ def outcome(folder: Path) -> dict[str, object]:
 def main() -> None:
     """Train what is not trained yet, and write the table."""
     arguments = tyro.cli(Arguments)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    if not arguments.decoder:
+        arguments = on_the_almanac(arguments)
     encoder = make_encoder(arguments.decoder, arguments.runs / "encoder")
     names = []
     for group in arms(arguments, encoder):
