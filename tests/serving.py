@@ -26,10 +26,10 @@ class Served:
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx2.Response:
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
-        return httpx2.post(self.url + path, timeout=60, **content, **options)
+        return httpx2.post(self.url + path, timeout=120, **content, **options)
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=60, **options)
+        return httpx2.get(self.url + path, timeout=120, **options)
 
     def events(self, path: str, body: Any) -> list[Any]:
         """What a stream holds, event by event; the last one is the text [DONE] where it came."""
@@ -59,11 +59,11 @@ def serving(engine: Any, settings: ServerSettings | None = None, **options: Any)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert started.wait(20)
+    assert started.wait(120)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield Served(f"http://127.0.0.1:{port}", app.state.service, server, loops[0])
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()

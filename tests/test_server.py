@@ -1,8 +1,10 @@
 """The server over HTTP, as clients see it: a real uvicorn on a free port, the official openai client, and raw requests."""
 
 import asyncio
+import json
 import logging
 import random
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -151,9 +153,9 @@ def test_passages_of_the_history_are_compressed_where_they_stand(served: Served,
 
 
 def test_sampling_is_the_engines_own(served: Served, engine: Refrag) -> None:
-    options = {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 11, "stop": ["zz"]}
-    body = served.post("/v1/chat/completions", ASK | options | {"documents": [], "sample_top_k": 30}).json()
-    settings = GenerationSettings(max_new_tokens=8, top_k=30, **options)
+    options = {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 11}
+    body = served.post("/v1/chat/completions", ASK | options | {"documents": [], "sample_top_k": 30, "stop": ["zz", "qq"]}).json()
+    settings = GenerationSettings(max_new_tokens=8, top_k=30, stop=("zz", "qq"), **options)
     assert body["choices"][0]["message"]["content"] == engine.answer(Request(QUESTION, [], generation=settings)).text
 
 
@@ -223,8 +225,9 @@ BAD: list[tuple[str, object, int, str]] = [
     (CHAT, b"{", 400, "JSON decode error"),
     (CHAT, b"[" * 100_000, 400, ""),
     (CHAT, b"\xff\xfe", 400, ""),
-    (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages.0.content"),
-    (CHAT, b'{"\\ud800": 1}', 400, "Extra inputs"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "valid Unicode"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "documents": ["\\ud800"]}', 400, "valid Unicode"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', 400, "unicode"),
     (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "finite"),
     (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "finite"),
     (CHAT, [], 400, "dictionary"),
@@ -325,7 +328,7 @@ def test_the_key_and_the_host_are_checked(engine: Refrag) -> None:
     settings = ServerSettings(model_name="tiny", allowed_hosts=("127.0.0.1", "localhost", "::1"))
     with serving(engine, settings, api_key="secret") as served:
         assert served.get("/v1/models").status_code == 401
-        for wrong in ("Bearer wrong", "secret", "Bearer ", "Basic secret", "Bearer secrét"):
+        for wrong in ("Bearer wrong", "secret", "Bearer", "Basic secret", "Bearer secrét"):
             refused = served.get("/v1/models", headers={"Authorization": wrong.encode()})
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         assert served.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
@@ -378,7 +381,7 @@ def endless(**more) -> dict:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -400,13 +403,12 @@ def test_a_full_queue_says_when_to_come_back(engine: Refrag) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_stops_the_decoding(served: Served, stream: bool) -> None:
     before = served.service.metrics.failed.labels("cancelled")._value.get()
-    with httpx2.Client(timeout=0.3 if not stream else 20) as client:
-        if stream:
-            with client.stream("POST", served.url + CHAT, json=endless(stream=True)) as response:
-                next(response.iter_lines())
-        else:
-            with pytest.raises(httpx2.TimeoutException):
-                client.post(served.url + CHAT, json=endless(documents=[LAMP.text] * 20, max_tokens=300))
+    body = json.dumps(endless(stream=stream)).encode()
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        until(lambda: served.service.backend.batch.rows)
     until(lambda: served.service.running == served.service.waiting == 0 and not served.service.backend.batch.rows)
     assert served.service.metrics.failed.labels("cancelled")._value.get() == before + 1
 

@@ -95,8 +95,10 @@ def _reading(body: Reading, settings: ServerSettings) -> dict[str, Any]:
 
 
 def _generation(body: Decoding, settings: ServerSettings, *, longest: int | None = None) -> GenerationSettings:
-    names = "temperature", "top_p", "repetition_penalty", "stop", "seed"
+    names = "temperature", "top_p", "repetition_penalty", "seed"
     given: dict[str, Any] = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if body.stop is not None:
+        given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.sample_top_k is not None:
         given["top_k"] = body.sample_top_k
     return GenerationSettings(max_new_tokens=longest or body.max_tokens or settings.default_new_tokens, **given)

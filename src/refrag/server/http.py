@@ -101,10 +101,9 @@ def add_handlers(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        more = f" ({len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-        body = error_body(f"{place or 'The body'}: {first['msg']}{more}", kind="invalid_request_error", code=first["type"], param=place or None)
+        deepest = max(error.errors(), key=lambda own: len(own["loc"]))  # of the forms that a field may have, the one that fits best
+        place = ".".join(str(part) for part in deepest["loc"][1:])
+        body = error_body(f"{place or 'The body'}: {deepest['msg']}", kind="invalid_request_error", code=deepest["type"], param=place or None)
         return JSONResponse(body, status_code=400)
 
     async def refused(_: Request, error: Exception) -> Response:
