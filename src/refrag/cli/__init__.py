@@ -19,6 +19,7 @@ from .. import __version__
 from ..errors import RefragError
 from .ask import Ask, Bench, Demo, Info
 from .index import Index
+from .serve import Serve
 from .train import Doctor, Train, Tune, with_config
 
 DESCRIPTION = "Answers from retrieved passages that are compressed into vectors and expanded only where it matters (REFRAG)."
@@ -26,6 +27,7 @@ DESCRIPTION = "Answers from retrieved passages that are compressed into vectors 
 Command = (
     Annotated[Index, subcommand("index"), FlagCreatePairsOff]
     | Annotated[Ask, subcommand("ask"), FlagCreatePairsOff]
+    | Annotated[Serve, subcommand("serve"), FlagCreatePairsOff]
     | Annotated[Train, subcommand("train")]  # its flags have pairs: each must be able to win over a file
     | Annotated[Tune, subcommand("tune"), FlagCreatePairsOff]
     | Annotated[Doctor, subcommand("doctor"), FlagCreatePairsOff]

@@ -115,11 +115,6 @@ class StepClock(BaseStreamer):
         for row in self.rows:
             row.close()
 
-    @property
-    def per_token_s(self) -> float:
-        """Mean time of the tokens after the first; 0.0 for a single token."""
-        return (self.stamps[-1] - self.stamps[0]) / (len(self.stamps) - 1) if len(self.stamps) > 1 else 0.0
-
 
 class StopRows(StoppingCriteria):
     """Rows stop at their stop strings; all of them once `is_cancelled` says so."""
@@ -189,14 +184,15 @@ def decode(
             inputs_embeds=inputs.inputs_embeds,
             attention_mask=inputs.attention_mask,
             generation_config=config,
-            logits_processor=_processors(settings, seeds),
+            logits_processor=processors(settings, seeds),
             stopping_criteria=StoppingCriteriaList([StopRows(rows, is_cancelled)]),
             streamer=clock,
         )
     return clock
 
 
-def _processors(settings: GenerationSettings, seeds: Sequence[int]) -> LogitsProcessorList:
+def processors(settings: GenerationSettings, seeds: Sequence[int]) -> LogitsProcessorList:
+    """What turns the logits of rows into those whose largest is taken: warpers and noise, one seed a row; none for plain greedy decoding."""
     chain = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))

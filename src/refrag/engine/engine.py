@@ -2,30 +2,30 @@
 
 import asyncio
 import logging
-import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..config import BUNDLED_MODEL
 from ..encoder import encoder_window, tokenize_texts
-from ..errors import BackendError, InputError, RefragError
+from ..errors import InputError
 from ..layout import Layout, MixedInputs, lay_out, mix, num_slots
 from ..model import RefragModel, load_model
 from ..policy import PolicyInputs, decide
 from ..text import Passage, Prompt, PromptBuilder, Turn
-from .answer import TIMING_KEYS, Answer, Options, Request, find_citations, passage_list
-from .decoding import StepClock, TextFeed, decode, end_token_ids
+from .answer import TIMING_KEYS, Answer, Options, Request, passage_list
+from .decoding import TextFeed, decode, end_token_ids
+from .devices import backend_errors
 from .limits import check_expanded, check_prompt
+from .prepared import Prepared, Row, decode_timings
 from .rerank import CANDIDATES, CrossEncoder, Reranker, rerank
 from .stream import AnswerStream, AsyncAnswerStream
 from .vectors import VectorSource
@@ -37,19 +37,6 @@ Retriever = Callable[[str], Sequence[str | dict | Passage]]
 Sink = Callable[[str], object]
 Found = tuple[Any, float | None]
 """A passage, as it was given, and its retrieval score."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One request on its way: what it reads and what was decided."""
-
-    request: Request
-    prompt: Prompt
-    scores: dict[int, float]
-    """Retrieval score by `id()` of the passage object."""
-    expand_mask: Bool[Tensor, "chunk"]
-    chunk_scores: Float[Tensor, "chunk"]
-    rule: str
 
 
 class Stopwatch:
@@ -67,12 +54,6 @@ class Stopwatch:
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
         self.seconds[stage] += time.perf_counter() - begin
-
-    def finish(self, clock: StepClock, decode_start: float) -> dict[str, float]:
-        """All timings of an answer."""
-        first = clock.stamps[0]
-        decoding = {"prefill_s": first - decode_start, "ttft_s": first - self.start, "per_token_s": clock.per_token_s}
-        return self.seconds | decoding | {"total_s": time.perf_counter() - self.start}
 
 
 class Refrag:
@@ -107,7 +88,7 @@ class Refrag:
         self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
         self.vectors = VectorSource(model, index=self.index, cache_chunks=cache_chunks)
         self._limit = getattr(model.decoder.config.get_text_config(), "max_position_embeddings", None)
-        self._end_ids = end_token_ids(model.decoder, model.tokenizer)
+        self.end_ids = end_token_ids(model.decoder, model.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -179,9 +160,9 @@ class Refrag:
     ) -> list[Answer]:
         watch = Stopwatch(self.device)
         watch.start = watch.start if start is None else start
-        with torch.inference_mode(), _backend_errors(self.device):
+        with torch.inference_mode(), backend_errors(self.device):
             rows, layout, inputs = self._prepare(requests, watch)
-            feeds = [TextFeed(self.model.tokenizer, self._end_ids, request.generation.stop, sink) for request in requests]
+            feeds = [TextFeed(self.model.tokenizer, self.end_ids, request.generation.stop, sink) for request in requests]
             decode_start = time.perf_counter()
             clock = decode(
                 self.model.decoder,
@@ -191,11 +172,41 @@ class Refrag:
                 seeds=[request.generation.seed for request in requests],
                 is_cancelled=is_cancelled,
             )
-        timings = watch.finish(clock, decode_start)
-        usages = _usages(layout, rows, feeds, kv_bytes=layout.kv_bytes(self.model.decoder.config, self.model.decoder.dtype))
+        timings = decode_timings(watch.start, decode_start, clock.stamps)
         log.debug("decoded %s tokens, the first after %.4f s", [feed.num_tokens for feed in feeds], timings["ttft_s"])
-        cancelled = is_cancelled()
-        return [_answer(*parts, timings=timings, cancelled=cancelled) for parts in zip(rows, feeds, usages, strict=True)]
+        usages, cancelled = self._usages(layout, rows), is_cancelled()
+        parts = zip(rows, feeds, usages, strict=True)
+        return [row.answer(feed, usage=usage, timings=watch.seconds | timings, cancelled=cancelled) for row, feed, usage in parts]
+
+    def prepare(self, requests: Sequence[Request]) -> list[Prepared]:
+        """Everything before the decoder for several requests together: what a `Backend` decodes, and what makes an Answer of it.
+
+        Raises what `answer` raises, for the first request that cannot be answered: prepare them one by one to know which.
+        """
+        watch = Stopwatch(self.device)
+        with torch.inference_mode(), backend_errors(self.device):
+            rows, layout, inputs = self._prepare(requests, watch)
+            embeds = [row[-slots:].clone() for row, slots in zip(inputs.inputs_embeds, layout.num_slots, strict=True)]  # left padded
+        ready = time.perf_counter()
+        feeds = [TextFeed(self.model.tokenizer, self.end_ids, request.generation.stop) for request in requests]
+        return [Prepared(*parts, seconds=watch.seconds, ready=ready) for parts in zip(rows, embeds, self._usages(layout, rows), feeds, strict=True)]
+
+    def _usages(self, layout: Layout, rows: Sequence[Row]) -> list[dict[str, int | float]]:
+        """`Answer.usage` of each row, but for the tokens that are yet to be decoded."""
+        kv_bytes = layout.kv_bytes(self.model.decoder.config, self.model.decoder.dtype)
+        columns = zip(rows, layout.context_tokens, layout.context_slots, layout.num_slots, layout.compression_rate, kv_bytes, strict=True)
+        return [
+            {
+                "context_tokens": tokens,
+                "context_slots": context_slots,
+                "prompt_slots": slots,
+                "num_chunks": len(row.expand_mask),
+                "expanded_chunks": int(row.expand_mask.sum()),
+                "compression_rate": rate,
+                "kv_bytes": own_bytes,
+            }
+            for row, tokens, context_slots, slots, rate, own_bytes in columns
+        ]
 
     def _prepare(self, requests: Sequence[Request], watch: Stopwatch) -> tuple[list[Row], Layout, MixedInputs]:
         """Everything before the decoder: passages, prompts, vectors, decisions, layout, mixed inputs."""
@@ -242,7 +253,7 @@ class Refrag:
         else:
             raise InputError("There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=….")
         if not found:
-            log.warning("No passage was found for %r: the answer rests on none.", request.question[:80])
+            log.warning("No passage was found: the answer rests on none.")
         if self.reranker is None:
             return found
         return [*rerank(self.reranker, request.question, [own for own, _ in found], request.top_k)]
@@ -336,83 +347,3 @@ def _needs_question(policy: Any, is_aware: bool) -> bool:
     if policy == "learned":
         return is_aware
     return policy == "similarity" or not isinstance(policy, str)
-
-
-@contextmanager
-def _backend_errors(device: torch.device) -> Generator[None]:
-    """A device that fails is reported in one sentence that names the way out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise BackendError(f"The device {device} ran out of memory: lower --max-slots or --top-k, or run with --device cpu.") from error
-    except (NotImplementedError, RuntimeError) as error:
-        if device.type == "cpu" or isinstance(error, RefragError):
-            raise
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BackendError(f"The device {device} failed ({reason}): run the same command with --device cpu.") from error
-
-
-def _usages(layout: Layout, rows: Sequence[Row], feeds: Sequence[TextFeed], *, kv_bytes: Sequence[int]) -> list[dict[str, int | float]]:
-    """`Answer.usage` of each row."""
-    rates, slots = layout.compression_rate, layout.num_slots
-    return [
-        {
-            "context_tokens": layout.context_tokens[number],
-            "context_slots": layout.context_slots[number],
-            "prompt_slots": slots[number],
-            "num_chunks": len(row.expand_mask),
-            "expanded_chunks": int(row.expand_mask.sum()),
-            "compression_rate": rates[number],
-            "kv_bytes": kv_bytes[number],
-            "completion_tokens": feed.num_tokens,
-        }
-        for number, (row, feed) in enumerate(zip(rows, feeds, strict=True))
-    ]
-
-
-def _answer(row: Row, feed: TextFeed, usage: dict[str, int | float], *, timings: dict[str, float], cancelled: bool) -> Answer:
-    return Answer(
-        text=feed.text,
-        citations=find_citations(feed.text, row.prompt.passages),
-        usage=usage,
-        timings=dict(timings),
-        trace=_trace(row),
-        passages=_passage_entries(row),
-        finish_reason="stop" if feed.finished else "cancelled" if cancelled else "length",
-    )
-
-
-def _trace(row: Row) -> list[dict[str, Any]]:
-    """One entry a chunk: where it stands, and why it was expanded or not."""
-    decisions = zip(row.prompt.chunks, row.prompt.chunk_texts(), row.chunk_scores.tolist(), row.expand_mask.tolist(), strict=True)
-    return [
-        {
-            "passage_id": row.prompt.passages[chunk.passage].id,
-            "title": row.prompt.passages[chunk.passage].title,
-            "start": chunk.start,
-            "end": chunk.end,
-            "text": text,
-            "score": score if math.isfinite(score) else None,
-            "expanded": expanded,
-            "rule": row.rule,
-        }
-        for chunk, text, score, expanded in decisions
-    ]
-
-
-def _passage_entries(row: Row) -> list[dict[str, Any]]:
-    num_chunks, expanded = Counter[int](), Counter[int]()
-    for chunk, is_expanded in zip(row.prompt.chunks, row.expand_mask.tolist(), strict=True):
-        num_chunks[chunk.passage] += 1
-        expanded[chunk.passage] += is_expanded
-    return [
-        {
-            "number": place + 1,
-            "id": passage.id,
-            "title": passage.title,
-            "score": row.scores.get(id(passage)),
-            "num_chunks": num_chunks[place],
-            "expanded_chunks": expanded[place],
-        }
-        for place, passage in enumerate(row.prompt.passages)
-    ]

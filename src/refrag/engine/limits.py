@@ -6,8 +6,12 @@ from ..text import Prompt
 from .answer import Request
 
 
+class PromptTooLongError(InputError):
+    """The prompt and its answer take more slots than the decoder has positions, or than the budget allows."""
+
+
 def check_prompt(prompt: Prompt, request: Request, limit: int | None) -> None:
-    """Raises InputError when a prompt is too long before any chunk is expanded, or for `all` with every chunk expanded.
+    """Raises PromptTooLongError when a prompt is too long before any chunk is expanded, or for `all` with every chunk expanded.
 
     `limit`: the decoder's positions, None: unknown. The prompt and `max_new_tokens` must fit into them together.
     """
@@ -16,7 +20,7 @@ def check_prompt(prompt: Prompt, request: Request, limit: int | None) -> None:
         raise too_long(base, request, limit, advice=f"{_less(prompt, request)} or lower --max-new-tokens")
     most = request.budget.max_slots
     if most is not None and base > most:
-        raise InputError(
+        raise PromptTooLongError(
             f"The prompt takes {base} slots with nothing expanded, {base - most} more than max_slots {most}: "
             f"raise --max-slots to {base}, or {_less(prompt, request)}."
         )
@@ -25,7 +29,7 @@ def check_prompt(prompt: Prompt, request: Request, limit: int | None) -> None:
 
 
 def check_expanded(slots: int, prompt: Prompt, request: Request, limit: int | None) -> None:
-    """Raises InputError when a prompt that fits with nothing expanded does not fit with `slots` slots."""
+    """Raises PromptTooLongError when a prompt that fits with nothing expanded does not fit with `slots` slots."""
     if not _fits(slots, request, limit):
         assert limit is not None
         budget = f"set --max-slots {limit - request.generation.max_new_tokens}"
@@ -33,11 +37,11 @@ def check_expanded(slots: int, prompt: Prompt, request: Request, limit: int | No
         raise too_long(slots, request, limit, advice=f"{budget}, {_less(prompt, request)}, or lower --max-new-tokens")
 
 
-def too_long(slots: int, request: Request, limit: int | None, *, advice: str) -> InputError:
+def too_long(slots: int, request: Request, limit: int | None, *, advice: str) -> PromptTooLongError:
     """The error for a prompt of `slots` slots."""
     longest = request.generation.max_new_tokens
     assert limit is not None
-    return InputError(
+    return PromptTooLongError(
         f"The prompt takes {slots} slots and the answer up to {longest} tokens, {slots + longest - limit} more than the decoder's "
         f"{limit} positions: {advice}."
     )

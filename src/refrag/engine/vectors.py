@@ -46,6 +46,8 @@ class VectorSource:
         self.device = model.get_input_embeddings().weight.device
         self.index = index
         self.cache = VectorCache(cache_chunks)
+        self.counts = {"index": 0, "cache": 0, "encoder": 0}
+        """Chunk vectors used so far, by where they came from."""
 
     def chunk_embeds(self, prompts: Sequence[Prompt], *, needed: Sequence[bool]) -> list[Float[Tensor, "_ enc"]]:
         """The vectors of each prompt's chunks, on the model's device; missing ones are encoded together.
@@ -61,13 +63,15 @@ class VectorSource:
         missing: dict[bytes, list[str]] = {}
         keys = [blake2b(passage.text.encode(), digest_size=16).digest() for passage in passages]
         for key, passage, (_, _, texts) in zip(keys, passages, places, strict=True):
+            source = "index"
             text, vectors = stored.get(passage.id, ("", None))
             if vectors is None or text != passage.text or len(vectors) != len(texts):
-                vectors = self.cache.get(key)
+                source, vectors = "cache", self.cache.get(key)
             if vectors is None:
-                missing[key] = texts
+                source, missing[key] = "encoder", texts
             else:
                 found[key] = vectors
+            self.counts[source] += len(texts)
         found |= self._encode(missing)
         parts: dict[int, list[Tensor]] = {id(prompt): [] for prompt in wanted}
         for key, (prompt, _, _) in zip(keys, places, strict=True):

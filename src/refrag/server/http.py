@@ -1,0 +1,197 @@
+"""What every route shares: errors in OpenAI's shape, the limit on bodies, the key, the Host header, and noticing that a client has gone."""
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import traceback
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import HTTPException as RaisedHTTPException
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..engine.limits import PromptTooLongError
+from ..errors import BackendError, InputError, MismatchError, MissingExtraError, NotFoundError, RefragError
+from .service import BusyError
+from .settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
+    (BusyError, 429, "rate_limit_error", "queue_full"),
+    (PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
+    (NotFoundError, 404, "invalid_request_error", "not_found"),
+    (MismatchError, 409, "invalid_request_error", "mismatch"),
+    (InputError, 400, "invalid_request_error", "invalid_value"),
+    (MissingExtraError, 501, "server_error", "missing_extra"),
+    (BackendError, 503, "server_error", "backend_failed"),
+    (TimeoutError, 504, "server_error", "timeout"),
+)
+"""Exception, status, and OpenAI's type and code; the first that fits counts."""
+
+T = TypeVar("T")
+
+
+class RefusedError(RaisedHTTPException):
+    """A request that is refused with a status of its own. An HTTPException, since FastAPI lets only those out of reading a body."""
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+        super().__init__(status, message)
+        self.code, self.param = code, param
+
+
+class JSONResponse(Response):
+    """Any plain value. Not ASCII only, as models write all languages; half a character is escaped."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content).encode()
+
+
+def dumps(content: Any) -> str:
+    """JSON that can always be encoded."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text if text.isascii() or not re.search("[\ud800-\udfff]", text) else json.dumps(content)
+
+
+def error_body(message: str, *, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's shape of an error."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for an exception; a bug is logged, without the values in it, and told in general words."""
+    if isinstance(error, RefusedError):
+        kinds = {401: "authentication_error", 403: "permission_error"}
+        return error.status_code, error_body(error.detail, kind=kinds.get(error.status_code, "invalid_request_error"), code=error.code, param=error.param)
+    for cls, status, kind, code in KINDS:
+        if isinstance(error, cls):
+            message = over_http(str(error)) if isinstance(error, RefragError) else "The request took too long: ask for a shorter answer, or try again later."
+            return status, error_body(message, kind=kind, code=code)
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    log.error("A bug: %s\n%s", type(error).__name__, frames)
+    return 500, error_body("The server failed, which is a bug: its log says where.", kind="server_error", code="internal_error")
+
+
+def over_http(message: str) -> str:
+    """The engine's advice names the options of the command line; here they are fields."""
+    names = {"max-new-tokens": "max_tokens"}
+    return re.sub(r"--([a-z][a-z-]*)", lambda option: names.get(option[1], option[1].replace("-", "_")), message)
+
+
+def respond(error: Exception) -> JSONResponse:
+    """The response to an exception."""
+    status, body = describe(error)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Every error leaves in OpenAI's shape."""
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        deepest = max(error.errors(), key=lambda own: len(own["loc"]))  # of the forms that a field may have, the one that fits best
+        place = ".".join(str(part) for part in deepest["loc"][1:])
+        body = error_body(f"{place or 'The body'}: {deepest['msg']}", kind="invalid_request_error", code=deepest["type"], param=place or None)
+        return JSONResponse(body, status_code=400)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        if isinstance(error, RefusedError):
+            return respond(error)
+        assert isinstance(error, HTTPException)
+        body = error_body(str(error.detail), kind="invalid_request_error", code="not_found" if error.status_code == 404 else "invalid_request")
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    async def failed(_: Request, error: Exception) -> Response:
+        return respond(error)
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+    for cls in (RefragError, TimeoutError):
+        app.add_exception_handler(cls, failed)
+
+
+async def unless_gone(http: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`; None, and `work` cancelled, when the client goes away before."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for own in (gone, task):
+            own.cancel()
+        await asyncio.wait({gone, task})
+
+
+async def _gone(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Gate:
+    """ASGI middleware: Host header, API key, and the size of bodies, before anything is read or parsed."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, *, api_key: str | None, hosts: Sequence[str]) -> None:
+        self.app, self.settings, self.hosts = app, settings, frozenset(hosts)
+        self.api_key = api_key.encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            self._check(scope["path"], dict(scope["headers"]))
+            await self.app(scope, self._bounded(receive), noting)
+        except Exception as error:  # handled here, since uvicorn would log its message, and with it perhaps text of the request
+            response = respond(error)
+            if not started:
+                await response(scope, receive, send)
+
+    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = re.sub(r":\d+$", "", host).strip("[]")
+        if self.hosts and name not in self.hosts:
+            raise RefusedError(400, f"This server answers to {', '.join(sorted(self.hosts))}, not to the host of this request.", code="unknown_host")
+        if self.api_key is not None and path.startswith("/v1"):
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key):
+                raise RefusedError(401, "The API key is missing or wrong: send it as  Authorization: Bearer KEY", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.settings.max_body_bytes:
+            raise self._too_large()
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Bodies without a length, too, end at the limit."""
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.settings.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> RefusedError:
+        return RefusedError(413, f"A request body may have at most {self.settings.max_body_bytes} bytes here: send fewer or shorter passages.", code="body_too_large")

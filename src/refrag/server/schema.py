@@ -1,0 +1,151 @@
+"""Request bodies. Unknown fields are refused; what OpenAI's API has and we do not is accepted only where it changes nothing."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..config import MAX_SEED, PolicyName
+
+Text = Annotated[str, Field(min_length=1)]
+Mode = Literal["dense", "text", "hybrid"]
+
+
+class Body(BaseModel):
+    """No unknown fields, no conversion between types, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Document(Body):
+    """A passage. With an id alone it is the index's passage of that id."""
+
+    id: str | int | None = None
+    text: str | None = None
+    title: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class StoredPassage(Body):
+    """A passage to add to the index, or to put in place of the one with its id."""
+
+    id: Text
+    text: Text
+    title: str = ""
+    metadata: dict[str, Any] = {}
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A turn. `documents` are the passages it brought: they are compressed wherever they stand."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    documents: list[str | Document] | None = None
+
+
+class StreamOptions(Body):
+    """What a stream holds beside the text."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Text is the only format."""
+
+    type: Literal["text"]
+
+
+class Reading(Body):
+    """What is read, and how it is compressed. `refrag.Budget` says what the three budgets mean; at most one may be given."""
+
+    documents: list[str | Document] | None = None
+    """Passages to read; without them they are retrieved from the index, with an empty list there are none."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Passages to retrieve."""
+    mode: Mode | None = None
+    where: str | None = None
+    policy: PolicyName | None = None
+    expand_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    expand_chunks: Annotated[int, Field(ge=0)] | None = None
+    max_slots: Annotated[int, Field(ge=1)] | None = None
+    passages_first: bool | None = None
+
+
+class Decoding(Body):
+    """How the answer is decoded. Sampling among the k most probable tokens is `sample_top_k`: `top_k` counts passages."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """0, the default, decodes greedily."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    sample_top_k: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+
+
+class OpenAIRequest(Reading, Decoding):
+    """What chat and completion requests share."""
+
+    model: str | None = None
+    """The served model's name."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    trace: bool = False
+    """Return one entry a chunk: its text, score, and whether it was expanded."""
+    n: Literal[1] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    user: str | None = None
+
+
+class ChatRequest(OpenAIRequest):
+    """`POST /v1/chat/completions`: the last message is the question."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: Literal[False] | None = None
+
+
+class CompletionRequest(OpenAIRequest):
+    """`POST /v1/completions`: the prompt is the question."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    echo: Literal[False] | None = None
+
+
+class AnswerRequest(Reading, Decoding):
+    """`POST /v1/answer`: the names are those of `Refrag.answer`, the passages are `documents`."""
+
+    question: Text
+    model: str | None = None
+    system: str | None = None
+
+
+class AddRequest(Body):
+    """`POST /v1/passages`."""
+
+    passages: Annotated[list[StoredPassage], Field(min_length=1)]
+
+
+class DeleteRequest(Body):
+    """`DELETE /v1/passages`."""
+
+    ids: Annotated[list[Text], Field(min_length=1)]
+
+
+class SearchRequest(Body):
+    """`POST /v1/passages/search`."""
+
+    question: Text
+    top_k: Annotated[int, Field(ge=1)] = 8
+    mode: Mode = "dense"
+    where: str | None = None

@@ -1,0 +1,261 @@
+"""From a Request to its pieces and its Answer: places and the queue, preparing in groups, decoding by a Backend, writing to the index."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from ..engine import Answer, Refrag, Request
+from ..engine.backend import Backend
+from ..engine.batching import InProcessBackend
+from ..engine.limits import PromptTooLongError
+from ..engine.prepared import Prepared
+from ..errors import BackendError, InputError, NotFoundError, RefragError
+from ..text import Passage, Turn
+from .metrics import Metrics
+from .settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+MAX_WRITERS = 4
+"""Changes of the index that may wait for each other."""
+
+T = TypeVar("T")
+Future = asyncio.Future[Prepared]
+
+
+class BusyError(RefragError):
+    """All places are taken and the queue is full."""
+
+
+class StoppingError(BackendError):
+    """The server is going down."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down: send the request again, to another one.")
+
+
+class Service:
+    """The engine, shared by the requests of one event loop."""
+
+    def __init__(self, engine: Refrag, settings: ServerSettings, *, metrics: Metrics, backend: Backend | None = None) -> None:
+        """`backend`: whoever decodes; None: this process. Preparing and decoding here share one worker thread: they take turns."""
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self._worker = ThreadPoolExecutor(1, "refrag-worker")
+        limits = {"max_rows": settings.max_running, "max_slots": settings.max_batch_slots}
+        self.backend: Backend = backend or InProcessBackend(engine, compute=self._worker, **limits)
+        self.running = self.waiting = 0
+        self.stopping = False
+        """No new requests: those that were accepted are finished."""
+        self._places = asyncio.Semaphore(settings.max_running)
+        self._to_prepare: list[tuple[Request, Future]] = []
+        self._preparing: asyncio.Task[None] | None = None
+        self._asking: set[asyncio.Task[Any]] = set()
+        """Accepted requests that are not over."""
+        self._cut_off = False
+        self._writing = asyncio.Lock()
+        self._writers = 0
+
+    # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def pieces(self, request: Request) -> AsyncGenerator[str | Answer]:
+        """The pieces of the text as they come, then the Answer. Closing it stops the decoding.
+
+        Raises BusyError when the queue is full, TimeoutError after `request_timeout_s`, BackendError when decoding fails,
+        and what `Refrag.answer` raises.
+        """
+        self._check_room()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        task = self._task(self._answer(request, pieces.put_nowait))
+        task.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield self._result(task)
+        finally:
+            task.cancel()  # nothing happens to one that is done
+
+    async def answer(self, request: Request) -> Answer:
+        """The Answer at once; see `pieces`."""
+        self._check_room()
+        task = self._task(self._answer(request, lambda piece: None))
+        try:
+            await asyncio.wait({task})
+            return self._result(task)
+        finally:
+            task.cancel()
+
+    def _task(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return task
+
+    def _result(self, task: asyncio.Task[T]) -> T:
+        if task.cancelled() and self._cut_off:
+            raise StoppingError
+        return task.result()
+
+    def _check_room(self) -> None:
+        if self.stopping:
+            raise StoppingError
+        if len(self._asking) >= self.settings.max_running + self.settings.max_waiting:
+            self.metrics.refused.inc()
+            raise BusyError(f"All {self.settings.max_running} places are taken and {self.waiting} requests wait: try again in a moment.")
+
+    async def _answer(self, request: Request, sink: Callable[[str], object]) -> Answer:
+        """One accepted request, from its place in the queue to its Answer."""
+        start = time.perf_counter()
+        with self.metrics.request() as record:
+
+            async def decoded() -> tuple[Prepared, list[float]]:
+                prepared = await self._prepared(request)
+                record.prepared(prepared.usage)
+                return prepared, await self._decoded(prepared, request, sink)
+
+            prepared, stamps = await self._in_place(decoded)
+            answer = prepared.answer(start=start, stamps=stamps)
+            record.answered(answer, start=start, stamps=stamps)
+            return answer
+
+    async def _in_place(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Waits for a place, and does the work there. Raises TimeoutError when all that takes too long."""
+        async with asyncio.timeout(self.settings.request_timeout_s):
+            self.waiting += 1
+            try:
+                await self._places.acquire()
+            finally:
+                self.waiting -= 1
+            self.running += 1
+            try:
+                return await work()
+            finally:
+                self.running -= 1
+                self._places.release()
+
+    async def _prepared(self, request: Request) -> Prepared:
+        """The request, prepared together with all that wait for it at the moment."""
+        future: Future = asyncio.get_running_loop().create_future()
+        self._to_prepare.append((request, future))
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._prepare_all(), name="refrag-preparing")
+        prepared = await future
+        slots, most = prepared.usage["prompt_slots"], self.settings.max_prompt_slots
+        if most is not None and slots > most:
+            raise PromptTooLongError(f"The prompt takes {slots} slots, {slots - most} more than this server allows: give fewer documents or a smaller budget.")
+        return prepared
+
+    async def _prepare_all(self) -> None:
+        while self._to_prepare:
+            group = [pair for pair in self._to_prepare if not pair[1].done()]
+            self._to_prepare.clear()
+            results = await self.compute(lambda group=group: self._prepare([request for request, _ in group]))
+            for (_, future), result in zip(group, results, strict=True):
+                if future.done():  # its reader has gone
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+    def _prepare(self, requests: Sequence[Request]) -> list[Prepared | Exception]:
+        """In the worker. One request that cannot be answered does not harm the others."""
+        try:
+            return [*self.engine.prepare(requests)] if requests else []
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+            return [result for request in requests for result in self._prepare([request])]
+
+    async def _decoded(self, prepared: Prepared, request: Request, sink: Callable[[str], object]) -> list[float]:
+        """Feeds the tokens of the backend to the answer's text; returns when each came."""
+        feed, stamps = prepared.feed, []
+        feed.sink = sink
+        async with aclosing(self.backend.decode(prepared.prompt_embeds, request.generation)) as tokens:
+            async for token_ids in tokens:
+                now = time.perf_counter()
+                for token_id in token_ids:
+                    if not feed.finished:
+                        stamps.append(now)
+                        feed.push(token_id)
+                if feed.finished:
+                    break
+        feed.close()
+        return stamps
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Runs `work` in the one thread that computes."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    # ── the index ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def index(self) -> Any:
+        """The PassageIndex. Raises NotFoundError without one."""
+        if self.engine.index is None:
+            raise NotFoundError("This server has no index: start it with --index.")
+        return self.engine.index
+
+    async def search(self, question: str, **options: Any) -> list[Any]:
+        """Hits of the index; counts as a request while it runs."""
+        self._check_room()
+        search = partial(self.index.search, question, **options)
+        return await self._task(self._in_place(lambda: self.compute(search)))
+
+    async def stored(self, ids: Sequence[str]) -> dict[str, Passage]:
+        """Passages of the index by id; unknown ids are left out."""
+        return await asyncio.to_thread(self.index.passages, list(dict.fromkeys(ids)))
+
+    async def change(self, work: Callable[[Any], T]) -> T:
+        """Runs a change of the index, one at a time, in a thread of its own: answers go on meanwhile. Raises BusyError when too many wait."""
+        index = self.index
+        if self.stopping:
+            raise StoppingError
+        with self._as_writer():
+            async with self._writing:
+                return await asyncio.to_thread(work, index)
+
+    @contextmanager
+    def _as_writer(self) -> Generator[None]:
+        if self._writers >= MAX_WRITERS:
+            raise BusyError(f"{self._writers} changes of the index wait already: try again in a moment.")
+        self._writers += 1
+        try:
+            yield
+        finally:
+            self._writers -= 1
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def check(self) -> None:
+        """Returns when requests can be answered now; raises BackendError or BusyError when not."""
+        self._check_room()
+        await self.backend.check()
+
+    def cut_off(self) -> None:
+        """Ends the requests that are still there with StoppingError."""
+        self.stopping = self._cut_off = True
+        for task in self._asking:
+            task.cancel()
+
+    async def aclose(self) -> None:
+        """Waits for nothing but the running forward; call it when the requests have ended."""
+        self.cut_off()
+        await self.backend.aclose()
+        self._worker.shutdown()
+
+
+def check_allowed(request: Request, settings: ServerSettings) -> None:
+    """Raises InputError for what a request may not ask of this server."""
+    if request.generation.max_new_tokens > settings.max_new_tokens:
+        raise InputError(f"max_tokens may be at most {settings.max_new_tokens} here, was {request.generation.max_new_tokens}.")
+    if request.policy is not None and request.policy not in settings.policies:
+        raise InputError(f"The policy may be one of {', '.join(settings.policies)} here, was {request.policy!r}.")
+    given = len(request.passages or ()) + sum(len(turn.passages) for turn in request.history if isinstance(turn, Turn))
+    wanted = request.top_k if request.passages is None else 0
+    if given + wanted > settings.max_documents:
+        raise InputError(f"A request may read at most {settings.max_documents} passages here, this one would read {given + wanted}: give fewer documents or lower top_k.")
