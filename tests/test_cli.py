@@ -403,3 +403,22 @@ def test_an_index_of_another_model_is_refused(make_model, index: str, tmp_path: 
     sentence = refused(["ask", QUESTION, "--index", index, "--model", str(tmp_path / "other")], capsys)
     assert "chunk size: index 4, given 8" in sentence and "--rebuild" in sentence
     assert "chunk size" in refused(["index", "verify", "--index", index, "--model", str(tmp_path / "other")], capsys)
+
+
+# ── exporting ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_export_writes_a_folder_of_its_own_and_replaces_only_its_own(model: str, tmp_path: Path, capsys) -> None:
+    export = ["export", "decoder", "--model", model, "--output-dir"]
+    assert main([*export, str(tmp_path / "decoder")]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'decoder'}\n"
+    assert f"vllm serve {tmp_path / 'decoder'} --enable-prompt-embeds" in said.err
+    assert json.loads((tmp_path / "decoder" / "config.json").read_text())["model_type"] == "llama"
+    assert main([*export, str(tmp_path / "decoder"), "--quiet"]) == 0
+    capsys.readouterr()
+    said_no = refused([*export, str(tmp_path)], capsys)
+    assert said_no == f"refrag: A decoder is exported into a folder of its own, {tmp_path} holds other files: choose a new --output-dir."
+    (tmp_path / "file").write_text("")
+    assert "is a file: choose another name" in refused([*export, str(tmp_path / "file")], capsys)
+    assert "There is no model folder at ./absent: check --model." in refused(["export", "decoder", "--model", "./absent", "--output-dir", str(tmp_path / "new")], capsys)

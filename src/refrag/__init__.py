@@ -21,6 +21,8 @@ _HOME = {
     "RefragError": "errors",
     "RefragModel": "model",
     "Turn": "text",
+    "VllmBackend": "engine",
+    "VllmSettings": "config",
 }
 __all__ = sorted(_HOME)
 

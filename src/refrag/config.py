@@ -5,10 +5,12 @@ What travels with the weights (chunk size, pooling, shapes) is `refrag.model.Ref
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from .errors import InputError, NotFoundError
 
@@ -94,6 +96,46 @@ class GenerationSettings:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"A stop string must hold at least one character, was {self.stop!r}: leave stop out to have none.")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """Where vLLM servers decode, and how long to wait for them."""
+
+    urls: str | Sequence[str]
+    """Address, or addresses, of servers of the same decoder, such as http://localhost:8000: each request goes to the least busy one."""
+    model: str | None = None
+    """Name the decoder is served under; None: the server's only one."""
+    api_key: str | None = field(default=None, repr=False)
+    """Sent as bearer token; None: the environment's VLLM_API_KEY, if any."""
+    connect_timeout_s: float = 5.0
+    """Longest wait for a connection, in seconds."""
+    first_token_timeout_s: float = 120.0
+    """Longest wait for the first token, in seconds: the server's queue and the prefill."""
+    token_timeout_s: float = 30.0
+    """Longest wait for each further token, in seconds."""
+
+    def __post_init__(self) -> None:
+        """A single address becomes a tuple of one. Raises InputError without any, for what is no address, and for times that are not above 0."""
+        urls = (self.urls,) if isinstance(self.urls, str) else tuple(self.urls)
+        if not urls:
+            raise InputError("The vLLM engine needs the address of a server: pass --vllm-url http://localhost:8000.")
+        object.__setattr__(self, "urls", tuple(dict.fromkeys(map(_server_url, urls))))
+        for name in ("connect_timeout_s", "first_token_timeout_s", "token_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must lie above 0, and be finite, was {getattr(self, name)}: leave it out for the usual wait.")
+
+
+def _server_url(url: str) -> str:
+    """The root of a server's address: a path /v1, as OpenAI clients take it, is dropped. Raises InputError for what is no address."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+    except ValueError:  # a port that is no number
+        fits = False
+    if not fits:
+        raise InputError(f"The address of a vLLM server must look like http://localhost:8000, was {url!r}: check --vllm-url.")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
+from . import __version__
 from .errors import BackendError, InputError, MismatchError, NotFoundError, RefragError, missing_extra
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter.safetensors"
 ENCODER_TOKENIZER = "encoder_tokenizer"
 DOWNLOAD_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+EXPORT_MARK = "refrag-decoder.json"
+"""Tells an exported decoder's folder from others."""
 OUTPUT_LAYERS = ["lm_head", "embed_out"]
 """Names of a decoder's last layer: GPT-NeoX has the second."""
 BOUND = ("chunk_size", "pooling", "projector_width", "policy", "encoder_config", "decoder_config")
@@ -282,7 +285,11 @@ def save_tokenizers(model: Any, folder: Path) -> None:
 
 
 def export_decoder(model: Any, folder: str | os.PathLike) -> None:
-    """Write the decoder alone, LoRA merged, as a plain Hugging Face folder that any engine loads."""
+    """Write the decoder alone, LoRA merged, as a plain Hugging Face folder that any engine loads.
+
+    Raises InputError, by `check_export_folder`, when the folder is not for that.
+    """
+    check_export_folder(folder)
     config = copy.deepcopy(model.decoder.config)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, dtype=model.decoder.dtype)
@@ -292,6 +299,14 @@ def export_decoder(model: Any, folder: str | os.PathLike) -> None:
         shell.save_pretrained(new, state_dict=merged_state(model.decoder))
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(new)
+        (new / EXPORT_MARK).write_text(json.dumps({"written_by": f"refrag {__version__}"}) + "\n", encoding="utf-8")
+
+
+def check_export_folder(folder: str | os.PathLike) -> None:
+    """Raises InputError when a folder holds files and no earlier export: they would be mixed with the decoder's."""
+    folder = Path(folder)
+    if folder.is_dir() and not (folder / EXPORT_MARK).exists() and any(folder.iterdir()):
+        raise InputError(f"A decoder is exported into a folder of its own, {folder} holds other files: choose a new --output-dir.")
 
 
 def merged_state(decoder: Any) -> dict[str, Tensor]:

@@ -408,17 +408,17 @@ def _load_part(part: str, source: Any, tokenizer: Any, settings: dict[str, Any],
         raise NotFoundError(f"The {part} {source!r} could not be loaded ({hub.first_line(error)}): check the name or the folder.") from error
 
 
-def load_model(name: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto", **kwargs: Any) -> RefragModel:
+def load_model(name: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto", kind: type[RefragModel] = RefragModel, **kwargs: Any) -> RefragModel:
     """The model of a name, folder or `bundled`, on a device, in eval mode: what engine and CLI use.
 
     `dtype="auto"`: float32 for small models, else the type that a probe finds fastest on the device. `kwargs` go to
-    `RefragModel.from_pretrained`. Raises NotFoundError, MismatchError, and BackendError, which names `--device cpu`.
+    `from_pretrained` of RefragModel, or of its subclass `kind`. Raises NotFoundError, MismatchError, and BackendError, which names `--device cpu`.
     """
     target, name = resolve_device(device), resolve_model(name)
     quantized = "quantization_config" in kwargs
     if not quantized:
         kwargs["dtype"] = _dtype(dtype, name, target, {key: kwargs[key] for key in hub.DOWNLOAD_KWARGS if key in kwargs})
-    model = RefragModel.from_pretrained(name, **kwargs).eval()
+    model = kind.from_pretrained(name, **kwargs).eval()
     if model.tokenizer is None or model.encoder_tokenizer is None:
         which = "decoder" if model.tokenizer is None else "encoder"
         raise NotFoundError(f"The model {name!r} has no {which} tokenizer: save it again with model.{'' if which == 'decoder' else 'encoder_'}tokenizer set.")

@@ -18,6 +18,7 @@ from tyro.conf import FlagCreatePairsOff, subcommand
 from .. import __version__
 from ..errors import RefragError
 from .ask import Ask, Bench, Demo, Info
+from .export import Export
 from .index import Index
 from .serve import Serve
 from .train import Doctor, Train, Tune, with_config
@@ -32,6 +33,7 @@ Command = (
     | Annotated[Tune, subcommand("tune"), FlagCreatePairsOff]
     | Annotated[Doctor, subcommand("doctor"), FlagCreatePairsOff]
     | Annotated[Demo, subcommand("demo"), FlagCreatePairsOff]
+    | Annotated[Export, subcommand("export"), FlagCreatePairsOff]
     | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
     | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
 )

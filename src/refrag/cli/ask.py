@@ -11,7 +11,7 @@ from .. import __version__
 from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, check_whole
 from ..errors import InputError
 from ..evaluation.settings import LatencySettings
-from .options import AsJson, Device, Messages, ModelOptions, Reading, check_paths, show
+from .options import AsJson, Device, EngineOptions, Messages, ModelOptions, Reading, check_paths, show
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Ask:
     decoding: Decoding
     reading: Reading
     model: ModelOptions
+    engine: EngineOptions
     messages: Messages
     index: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Folder of the index to retrieve from."""
@@ -74,7 +75,9 @@ class Ask:
 
         if self.index is not None:  # what can be refused is refused before the model is loaded
             PassageIndex.open(self.index)
-        engine = Refrag(self.model.load(), index=self.index, reranker=self.reranker)
+        backend = self.engine.backend()
+        model = self.model.load(for_backend=backend is not None)
+        engine = Refrag(model, index=self.index, reranker=self.reranker, backend=backend)
         if self.faiss is not None:
             engine.retriever = self._retriever(engine, self.faiss)
         answer = self._answer(engine, request)

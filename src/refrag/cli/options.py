@@ -1,5 +1,6 @@
 """Options that several commands share, and how they show things."""
 
+import asyncio
 import json
 import logging
 import os
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
-from ..config import BUNDLED_MODEL, IndexSettings
+from ..config import BUNDLED_MODEL, IndexSettings, VllmSettings
 from ..errors import InputError, NotFoundError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -51,14 +52,52 @@ class ModelOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto: float32 for small models, else what is fastest on the device."""
 
-    def load(self) -> Any:
-        """The RefragModel."""
+    def load(self, *, for_backend: bool = False) -> Any:
+        """The RefragModel; without its decoder's layers `for_backend`."""
         from transformers.utils.logging import disable_progress_bar
 
+        from ..engine.reader import load_reader
         from ..model import load_model
 
         disable_progress_bar()
-        return load_model(self.model, device=self.device, dtype=self.dtype)
+        return (load_reader if for_backend else load_model)(self.model, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Who decodes."""
+
+    engine: Literal["in-process", "vllm"] = "in-process"
+    """The model in this process, or a vLLM server, started with --enable-prompt-embeds on what `refrag export decoder` wrote."""
+    vllm_url: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="URL")] = ()
+    """Address of a vLLM server; may be given several times. Its key, if it wants one, is read from VLLM_API_KEY."""
+    vllm_model: str | None = None
+    """Name that the decoder is served under; by default the server's only one."""
+    first_token_timeout_s: float = VllmSettings.first_token_timeout_s
+    """Longest wait for vLLM's first token, in seconds."""
+    token_timeout_s: float = VllmSettings.token_timeout_s
+    """Longest wait for each further token of vLLM, in seconds."""
+
+    def backend(self) -> Any:
+        """The backend, None for this process. Raises InputError for a half-given choice, BackendError where no server answers."""
+        if self.engine != "vllm":
+            if self.vllm_url:
+                raise InputError("An address of vLLM was given, but this process decodes: add --engine vllm.")
+            return None
+        settings = VllmSettings(
+            self.vllm_url, model=self.vllm_model, first_token_timeout_s=self.first_token_timeout_s, token_timeout_s=self.token_timeout_s
+        )
+        from ..engine import VllmBackend
+
+        async def check() -> None:
+            backend = VllmBackend(settings)  # of its own: a backend belongs to one event loop
+            try:
+                await backend.check()
+            finally:
+                await backend.aclose()
+
+        asyncio.run(check())
+        return VllmBackend(settings)
 
 
 @dataclass(frozen=True)

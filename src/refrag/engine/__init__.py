@@ -3,5 +3,6 @@
 from .answer import Answer, Request
 from .engine import Refrag
 from .stream import AnswerStream, AsyncAnswerStream
+from .vllm import VllmBackend
 
-__all__ = ["Answer", "AnswerStream", "AsyncAnswerStream", "Refrag", "Request"]
+__all__ = ["Answer", "AnswerStream", "AsyncAnswerStream", "Refrag", "Request", "VllmBackend"]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -22,10 +23,13 @@ from ..model import RefragModel, load_model
 from ..policy import PolicyInputs, decide
 from ..text import Passage, Prompt, PromptBuilder, Turn
 from .answer import TIMING_KEYS, Answer, Options, Request, passage_list
+from .backend import Backend
+from .bridge import Bridge
 from .decoding import TextFeed, decode, end_token_ids
 from .devices import backend_errors
 from .limits import check_expanded, check_prompt
 from .prepared import Prepared, Row, decode_timings
+from .reader import load_reader
 from .rerank import CANDIDATES, CrossEncoder, Reranker, rerank
 from .stream import AnswerStream, AsyncAnswerStream
 from .vectors import VectorSource
@@ -67,10 +71,11 @@ class Refrag:
         retriever: Retriever | None = None,
         reranker: str | Reranker | None = None,
         cache_chunks: int = 65_536,
+        backend: Backend | None = None,
     ) -> None:
         """`index`: a PassageIndex or its path; `retriever`: any callable from a question to passages. With both, the retriever
         finds, and the index gives the stored vectors of passages that it holds under the same id with the same text. `reranker`: a cross-encoder's name, or a callable (question, passages) → scores; `cache_chunks`: chunk vectors kept
-        in memory for passages that are not in the index.
+        in memory for passages that are not in the index. `backend`: who decodes (a VllmBackend); None: the model, in this process.
 
         Raises InputError for a model without tokenizers, MismatchError for an index of another model, NotFoundError where
         there is none.
@@ -87,6 +92,7 @@ class Refrag:
         self.reranker = CrossEncoder(reranker, device=model.device) if isinstance(reranker, str) else reranker
         self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
         self.vectors = VectorSource(model, index=self.index, cache_chunks=cache_chunks)
+        self._decode = partial(decode, model.decoder) if backend is None else Bridge(backend).decode
         self._limit = getattr(model.decoder.config.get_text_config(), "max_position_embeddings", None)
         self.end_ids = end_token_ids(model.decoder, model.tokenizer)
 
@@ -98,10 +104,15 @@ class Refrag:
         index: Any = None,
         retriever: Retriever | None = None,
         reranker: str | Reranker | None = None,
+        backend: Backend | None = None,
         **loading: Any,
     ) -> "Refrag":
-        """Load a model by folder, hub name or `bundled`; `loading` goes to `load_model`: device, dtype, revision, …"""
-        return cls(load_model(model, **loading), index=index, retriever=retriever, reranker=reranker)
+        """Load a model by folder, hub name or `bundled`; `loading` goes to `load_model`: device, dtype, revision, …
+
+        With a `backend` (a VllmBackend) the decoder's layers are not loaded, and the perplexity policies are refused.
+        """
+        load = load_model if backend is None else load_reader
+        return cls(load(model, **loading), index=index, retriever=retriever, reranker=reranker, backend=backend)
 
     # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,8 +175,7 @@ class Refrag:
             rows, layout, inputs = self._prepare(requests, watch)
             feeds = [TextFeed(self.model.tokenizer, self.end_ids, request.generation.stop, sink) for request in requests]
             decode_start = time.perf_counter()
-            clock = decode(
-                self.model.decoder,
+            clock = self._decode(
                 inputs,
                 feeds,
                 settings=requests[0].generation,
