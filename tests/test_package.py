@@ -17,7 +17,7 @@ import refrag
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(refrag.__file__).parent
 SOURCES = sorted(SOURCE.rglob("*.py"))
-ORDER = ("errors", "config", "text", "layout", "encoder", "policy", "hub", "model", "index", "engine", "evaluation", "demo", "cli")
+ORDER = ("errors", "config", "text", "data", "layout", "encoder", "policy", "hub", "model", "index", "engine", "evaluation", "demo", "cli")
 MAY_IMPORT = {name: {name, *ORDER[:rank]} for rank, name in enumerate(ORDER)}
 MAY_IMPORT["training"] = {"training", *ORDER[: ORDER.index("model") + 1]}
 MAY_IMPORT["server"] = {"server", *ORDER[: ORDER.index("engine") + 1]}
