@@ -91,7 +91,7 @@ def test_importing_refrag_imports_nothing_heavy() -> None:
     assert printed.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["bench", "latency", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["bench", "latency", "--help"], ["eval", "qa", "--help"]])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom refrag.cli import main\n"
