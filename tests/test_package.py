@@ -17,7 +17,7 @@ import refrag
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(refrag.__file__).parent
 SOURCES = sorted(SOURCE.rglob("*.py"))
-ORDER = ("errors", "config", "text", "layout", "encoder", "policy", "hub", "model", "index", "engine", "evaluation", "demo", "cli")
+ORDER = ("errors", "config", "text", "data", "layout", "encoder", "policy", "hub", "model", "index", "engine", "evaluation", "demo", "cli")
 MAY_IMPORT = {name: {name, *ORDER[:rank]} for rank, name in enumerate(ORDER)}
 MAY_IMPORT["training"] = {"training", *ORDER[: ORDER.index("model") + 1]}
 MAY_IMPORT["server"] = {"server", *ORDER[: ORDER.index("engine") + 1]}
@@ -91,7 +91,7 @@ def test_importing_refrag_imports_nothing_heavy() -> None:
     assert printed.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["bench", "latency", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["bench", "latency", "--help"], ["eval", "qa", "--help"]])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom refrag.cli import main\n"

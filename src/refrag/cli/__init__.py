@@ -18,6 +18,7 @@ from tyro.conf import FlagCreatePairsOff, subcommand
 from .. import __version__
 from ..errors import RefragError
 from .ask import Ask, Bench, Demo, Info
+from .evaluate import Eval
 from .export import Export
 from .index import Index
 from .serve import Serve
@@ -36,6 +37,7 @@ Command = (
     | Annotated[Export, subcommand("export"), FlagCreatePairsOff]
     | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
     | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
+    | Annotated[Eval, subcommand("eval"), FlagCreatePairsOff]
 )
 
 

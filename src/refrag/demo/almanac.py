@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..text import Passage
 from . import forms
@@ -283,13 +283,18 @@ def findings(question: Question) -> list[str]:
     return [*filter(None, (question.bridge,)), question.answer]
 
 
-def write_dataset(path: Path, num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0, cite: bool = False) -> None:
-    """The same questions as JSON lines `{id, question, answers, kind, passages: [{id, title, text, is_gold}]}`.
+def evaluation_rows(num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0, cite: bool = False) -> Iterator[dict[str, Any]]:
+    """The same questions as rows `{id, question, answers, kind, passages: [{id, title, text, is_gold}]}`.
 
     With `cite` the first answer is the one the bundled model is to give, citations before the words: for training.
     """
+    for i, (case, question) in enumerate(evaluation_cases(num_questions, split=split, num_passages=num_passages, seed=seed)):
+        passages = [{"id": p.id, "title": p.title, "text": p.text, "is_gold": j in question.gold} for j, p in enumerate(case.passages)]
+        answers = [cited(question).strip(), question.answer] if cite else [question.answer]
+        yield {"id": str(i), "question": question.text, "answers": answers, "kind": question.kind, "passages": passages}
+
+
+def write_dataset(path: Path, num_questions: int, **how: Any) -> None:
+    """`evaluation_rows` as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
-        for i, (case, question) in enumerate(evaluation_cases(num_questions, split=split, num_passages=num_passages, seed=seed)):
-            rows = [{"id": p.id, "title": p.title, "text": p.text, "is_gold": j in question.gold} for j, p in enumerate(case.passages)]
-            answers = [cited(question).strip(), question.answer] if cite else [question.answer]
-            file.write(json.dumps({"id": str(i), "question": question.text, "answers": answers, "kind": question.kind, "passages": rows}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in evaluation_rows(num_questions, **how))

@@ -15,7 +15,8 @@ from rich.table import Table
 from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, check_whole
 from ..engine import Answer, Refrag, Request
 from ..engine.answer import render_trace
-from ..evaluation.metrics import after_citations, exact_match, mean_interval
+from ..evaluation.metrics import after_citations, exact_match
+from ..evaluation.statistics import mean_interval
 from ..index import PassageIndex
 from ..model import load_model
 from .almanac import Case, Question, evaluation_cases

@@ -3,7 +3,7 @@
     --data ─readers─▶ rows ─┬─▶ Rows: an Arrow copy in the cache of `datasets`, read row by row from disk
                             └─▶ Stream: nothing is copied, nothing is counted first
 
-`rows.py` says what a row holds, `sources.py` what is read. Every row is checked before training begins (in a stream: when it
+`refrag.data.rows` says what a row holds, `refrag.data.sources` what is read. Every row is checked before training begins (in a stream: when it
 is met); what is wrong with one names its file, line and field.
 """
 
@@ -19,11 +19,11 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
+from ..data.rows import Document, Item, Kind, Question, content_of, document_of, group_of, keys_of, question_from, question_of
+from ..data.sources import Source, find_sources, import_datasets
 from ..errors import InputError, RefragError
 from ..text import PromptBuilder
-from .rows import Document, Item, Kind, Question, content_of, document_of, group_of, keys_of, question_from, question_of
 from .settings import TrainSettings
-from .sources import Source, find_sources, import_datasets
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,8 @@ def _prepare(names: Sequence[str], kind: Kind, settings: TrainSettings) -> tuple
 def _arrow_copy(sources: list[Source], kind: Kind, settings: TrainSettings) -> Any:
     """The rows as a `datasets.Dataset` on disk, from the cache where the same sources were read before by the same code."""
     datasets = import_datasets()
-    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("data.py", "rows.py", "sources.py")]
+    here = Path(__file__)
+    code = [path.read_text(encoding="utf-8") for path in (here, *sorted((here.parents[1] / "data").glob("*.py")))]
     recipe = [code, kind, settings.text_field, settings.skip_bad, [(source.name, source.stamp) for source in sources]]
     value = datasets.Value
     features = {"place": value("string"), "id": value("string"), "content": value("large_string"), "group": value("int64"), "usable": value("bool"), "problem": value("string")}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..data.sources import find_sources
 from ..errors import InputError
 from ..model import RefragModel
 from ..text import PromptBuilder
@@ -20,7 +21,6 @@ from .documents import steps_of
 from .rollout import PolicyItem, num_picks
 from .settings import PolicySettings, SftSettings
 from .sft import answer_chunks, answer_ids, choose_passages, renumbered
-from .sources import find_sources
 
 logger = logging.getLogger(__name__)
 

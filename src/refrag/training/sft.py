@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..data.rows import answer_spans
 from ..errors import InputError
 from ..model import RefragModel
 from ..text import Passage, Prompt, PromptBuilder
@@ -70,13 +71,8 @@ def answer_chunks(prompt: Prompt, answers: Sequence[str], gold: Sequence[bool] |
     spans = []
     for number, passage in enumerate(prompt.passages):
         if gold is None or (number >= first and gold[number - first]):
-            spans += [(number, start, start + len(answer)) for answer in answers if answer for start in _places(passage.text.lower(), answer.lower())]
+            spans += [(number, *span) for span in answer_spans(passage.text, answers)]
     return [any(chunk.passage == number and chunk.start < end and start < chunk.end for number, start, end in spans) for chunk in prompt.chunks]
-
-
-def _places(text: str, answer: str) -> list[int]:
-    """Where the answer stands as words of their own."""
-    return [found.start() for found in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text)]
 
 
 class QuestionBatches(Dataset):

@@ -1,4 +1,4 @@
-"""One row of training data: what a document and a question are, how they are read from a row, and by what rows are compared.
+"""One row of data: what a document and a question are, how they are read from a row, and by what rows are compared.
 
 A *document* is `{"text": …, "id"?: …}` (other fields, such as SlimPajama's `meta`, are left aside) or a text alone.
 A *question* is
@@ -7,18 +7,20 @@ A *question* is
      "id"?, "history"?: [{"role", "text" or "content", "passages"?}, …], "system"?}
 
 or a conversation `{"messages": [{"role", "content", "passages"?}, …], "passages"?, "id"?}` that ends with a user's message and
-the assistant's answer, perhaps after a system message.
+the assistant's answer, perhaps after a system message. Rows of public question sets are brought into these fields by formats.py.
 """
 
 import json
+import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
 
 from ..errors import InputError
 from ..text import Passage, Turn
+from .formats import in_our_fields, is_unanswerable, kind_of
 
 Kind = Literal["documents", "questions"]
 
@@ -45,6 +47,10 @@ class Question:
     """Per passage, whether it is marked as holding the answer; None where the row has no marks."""
     history: tuple[Turn, ...] = ()
     system: str | None = None
+    kind: str = ""
+    """What the row calls its kind of question; empty where it does not."""
+    answerable: bool = True
+    """False: the row says that its passages hold no answer; `answers` then say so."""
 
 
 Item = Document | Question
@@ -64,12 +70,14 @@ def document_of(row: Any, place: str, *, text_field: str) -> Document:
     return Document(_identity(row, place), _text(row, text_field, place, "name the text's field with --text-field"))
 
 
-def question_of(row: Any, place: str) -> Question:
-    """The question of a row or of a conversation. Raises InputError that names place and field."""
+def question_of(row: Any, place: str, *, bare: bool = False) -> Question:
+    """The question of a row or of a conversation. `bare`: the passages may be missing. Raises InputError that names place and field."""
     row = _mapping(row, place)
     if "messages" in row and "question" not in row:
         row = _last_question(row, place)
-    passages, gold = _passages(_list(row, "passages", place), "passages", place)
+    unanswerable, row = is_unanswerable(row), in_our_fields(row)
+    given = [] if bare and row.get("passages") is None else _list(row, "passages", place)
+    passages, gold = _passages(given, "passages", place)
     return Question(
         id=_identity(row, place),
         question=_text(row, "question", place),
@@ -78,6 +86,8 @@ def question_of(row: Any, place: str) -> Question:
         gold=gold,
         history=_history(row, place),
         system=_text(row, "system", place) if row.get("system") else None,
+        kind=kind_of(row),
+        answerable=not unanswerable,
     )
 
 
@@ -177,6 +187,13 @@ def _last_question(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
+def answer_spans(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
+    """Characters of a text where one of the answers stands as words of its own, upper or lower case."""
+    lowered = text.lower()
+    found = (match for answer in answers if answer for match in re.finditer(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", lowered))
+    return [match.span() for match in found]
+
+
 # ── keeping a row ──
 
 
@@ -195,7 +212,8 @@ def question_from(content: str) -> Question:
     row = json.loads(content)
     history = tuple(Turn(turn["role"], turn["text"], _restored(turn["passages"])) for turn in row["history"])
     gold = None if row["gold"] is None else tuple(row["gold"])
-    return Question(row["id"], row["question"], tuple(row["answers"]), _restored(row["passages"]), gold, history, row["system"])
+    restored = {"answers": tuple(row["answers"]), "passages": _restored(row["passages"]), "gold": gold, "history": history}
+    return Question(**row | restored)
 
 
 def _restored(passages: list[dict[str, Any]]) -> tuple[Passage, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, NotFoundError, missing_extra
+from .formats import question_rows
 from .rows import Kind, bad_row
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,7 +49,7 @@ def import_datasets() -> Any:
     try:
         import datasets  # takes a second
     except ImportError as error:
-        raise missing_extra("datasets", "train", "Reading training data") from error
+        raise missing_extra("datasets", "data", "Reading a data set") from error
     return datasets
 
 
@@ -60,30 +61,31 @@ def _find(name: str, kind: Kind, streaming: bool) -> list[Source]:
     if any((path / marker).is_file() for marker in _SAVED):
         return [_saved(path, split)]
     if path.exists() and split:
-        raise NotFoundError(f"No data {full!r} was found, {name} is no saved data set with splits: check --data and --eval-data.")
+        raise NotFoundError(f"No data {full!r} was found, {name} is no saved data set with splits: check the name.")
     if path.is_dir():
         return _folder(path, kind)
     if path.exists():
         if _reader(path, kind) is None:
-            raise InputError(f"{path}: {kind} to train on are read from {_endings(kind)} files, .gz and .zst too: convert it or give it its ending.")
+            raise InputError(f"{path}: {kind} are read from {_endings(kind)} files, .gz and .zst too: convert it or give it its ending.")
         return [_file(path, kind)]
     if _HUB_NAME.fullmatch(name) and _reader(path, "documents") is None:
         return [_hub(name, split or "train", streaming)]
-    raise NotFoundError(f"No data {full!r} was found: check --data and --eval-data.")
+    raise NotFoundError(f"No data {full!r} was found: check the name.")
 
 
 def _folder(folder: Path, kind: Kind) -> list[Source]:
     inside = sorted(path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     sources = [_file(path, kind) for path in inside if path.is_file() and _reader(path, kind)]
     if not sources:
-        raise InputError(f"The folder {folder} must hold {_endings(kind)} files with {kind} or a saved data set, has neither: check --data and --eval-data.")
+        raise InputError(f"The folder {folder} must hold {_endings(kind)} files with {kind} or a saved data set, has neither: check the name.")
     return sources
 
 
 def _file(path: Path, kind: Kind) -> Source:
     reader = _reader(path, kind)
     assert reader
-    return Source(str(path), partial(reader, path), _stamp(path))
+    read: Read = partial(reader, path)
+    return Source(str(path), partial(_questions, read) if kind == "questions" else read, _stamp(path))
 
 
 def _stamp(path: Path) -> str:
@@ -112,7 +114,7 @@ def _hub(name: str, split: str, streaming: bool) -> Source:
     try:
         found = datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # errors of several libraries
-        raise NotFoundError(f"No data {name!r} (split {split!r}) was found here or on the hub ({_first_line(error)}): check --data and --eval-data.") from error
+        raise NotFoundError(f"No data {name!r} (split {split!r}) was found here or on the hub ({_first_line(error)}): check the name.") from error
     return Source(f"{name}:{split}", partial(_numbered, found, name), str(getattr(found, "_fingerprint", "")))
 
 
@@ -121,6 +123,15 @@ def _first_line(error: Exception) -> str:
 
 
 # ── readers ──
+
+
+def _questions(read: Read) -> Iterator[tuple[str, Any]]:
+    """Each question as a row of its own, where one entry of a file holds many."""
+    for place, row in read():
+        try:
+            yield from ((f"{place}, question {number}" if own is not row else place, own) for number, own in enumerate(question_rows(row), 1))
+        except (KeyError, TypeError) as error:
+            yield place, bad_row(place, f"the articles of a SQuAD file need paragraphs with context and qas (here: {error})")
 
 
 def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:

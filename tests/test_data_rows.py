@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refrag.data.rows import Document, Question, content_of, document_of, group_of, keys_of, normalized, question_from, question_of
 from refrag.errors import InputError
 from refrag.text import Passage, Turn
-from refrag.training.rows import Document, Question, content_of, document_of, group_of, keys_of, normalized, question_from, question_of
 
 PLACE = "train.jsonl, line 3"
 ROW = {"id": "q1", "question": "Who founded Velmoor?", "answers": ["Anna Torrel", "Torrel"], "passages": ["Velmoor was founded by Anna Torrel."]}
@@ -107,7 +107,7 @@ def without(field):
         (ROW | {"question": 3}, "the field 'question' must be a text, was a number"),
         (ROW | {"answers": []}, "the field 'answers' must hold one text or more, was empty"),
         (ROW | {"answers": ["Anna", 1742]}, "the field 'answers[1]' must be a text, was a number"),
-        (ROW | {"answers": {"text": ["Anna"]}}, "the field 'answers' must be a list, was an object"),
+        (ROW | {"answers": {"texts": ["Anna"]}}, "the field 'answers' must be a list, was an object"),
         (ROW | {"passages": "A text."}, "the field 'passages' must be a list, was a text"),
         (ROW | {"passages": ["One.", 2]}, "the field 'passages[1]' must be an object with fields, was a number"),
         (ROW | {"passages": [{"title": "A", "body": "One."}]}, "the field 'passages[0].text' is missing (there are 'title', 'body')"),

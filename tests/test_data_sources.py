@@ -233,27 +233,27 @@ def test_no_data():
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing", "a/b/c", "missing.txt.gz", "missing.parquet"])
 def test_missing_files(name):
-    assert error_of(name, error=NotFoundError) == f"No data {name!r} was found: check --data and --eval-data."
+    assert error_of(name, error=NotFoundError) == f"No data {name!r} was found: check the name."
 
 
 def test_a_hub_name_that_cannot_be_reached():
     said = error_of("nobody/no-such-texts", error=NotFoundError)
-    assert said.startswith("No data 'nobody/no-such-texts' (split 'train') was found here or on the hub (") and said.endswith("): check --data and --eval-data.")
+    assert said.startswith("No data 'nobody/no-such-texts' (split 'train') was found here or on the hub (") and said.endswith("): check the name.")
 
 
 def test_files_of_other_formats():
-    said = "a.csv: documents to train on are read from .jsonl, .ndjson, .json, .parquet or .txt files, .gz and .zst too: convert it or give it its ending."
+    said = "a.csv: documents are read from .jsonl, .ndjson, .json, .parquet or .txt files, .gz and .zst too: convert it or give it its ending."
     assert error_of(write("a.csv", "text\nOne.")) == said
-    said = "a.txt: questions to train on are read from .jsonl, .ndjson, .json or .parquet files, .gz and .zst too: convert it or give it its ending."
+    said = "a.txt: questions are read from .jsonl, .ndjson, .json or .parquet files, .gz and .zst too: convert it or give it its ending."
     assert error_of(write("a.txt", "One."), kind="questions") == said
 
 
 def test_folders_without_data():
     write("folder/a.csv", "text")
     assert error_of("folder") == (
-        "The folder folder must hold .jsonl, .ndjson, .json, .parquet or .txt files with documents or a saved data set, has neither: check --data and --eval-data."
+        "The folder folder must hold .jsonl, .ndjson, .json, .parquet or .txt files with documents or a saved data set, has neither: check the name."
     )
-    assert error_of("folder:test", error=NotFoundError) == "No data 'folder:test' was found, folder is no saved data set with splits: check --data and --eval-data."
+    assert error_of("folder:test", error=NotFoundError) == "No data 'folder:test' was found, folder is no saved data set with splits: check the name."
 
 
 def test_saved_data_sets_that_cannot_be_used():
@@ -268,5 +268,5 @@ def test_saved_data_sets_that_cannot_be_used():
 def test_the_package_is_named_where_it_is_missing(monkeypatch):
     json_lines("a.jsonl", ROWS)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    assert error_of("a.jsonl", error=MissingExtraError) == "Reading training data needs the package 'datasets': install it with  pip install 'refrag[train]'"
+    assert error_of("a.jsonl", error=MissingExtraError) == "Reading a data set needs the package 'datasets': install it with  pip install 'refrag[data]'"
     assert len(read("a.jsonl", streaming=True)) == 2  # plain files need no package
