@@ -20,6 +20,7 @@ from ..errors import RefragError
 from .ask import Ask, Bench, Demo, Info
 from .index import Index
 from .train import Doctor, Train, Tune, with_config
+from .ui import Ui
 
 DESCRIPTION = "Answers from retrieved passages that are compressed into vectors and expanded only where it matters (REFRAG)."
 
@@ -30,6 +31,7 @@ Command = (
     | Annotated[Tune, subcommand("tune"), FlagCreatePairsOff]
     | Annotated[Doctor, subcommand("doctor"), FlagCreatePairsOff]
     | Annotated[Demo, subcommand("demo"), FlagCreatePairsOff]
+    | Annotated[Ui, subcommand("ui"), FlagCreatePairsOff]
     | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
     | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
 )
