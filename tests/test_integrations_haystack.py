@@ -59,7 +59,7 @@ def test_without_documents_the_index_is_searched(generator, almanac):
 def test_a_pipeline_survives_its_file():
     pipeline = Pipeline()
     pipeline.add_component("reader", RefragGenerator(options={"expand_fraction": 0.5, "max_new_tokens": 4}, device="cpu", streaming_callback=print_chunk))
-    again = Pipeline.loads(pipeline.dumps())
+    again = Pipeline.loads(pipeline.dumps(), allowed_modules=["refrag.integrations.haystack", __name__])
     reader = again.get_component("reader")
     assert (reader.model, reader.index, reader.options, reader.device) == ("bundled", None, {"expand_fraction": 0.5, "max_new_tokens": 4}, "cpu")
     assert reader.streaming_callback is print_chunk

@@ -146,6 +146,8 @@ else:
     class _Model:
         """What both chat suites ask for."""
 
+        pytestmark = pytest.mark.asyncio  # the suites' coroutines carry no mark of their own
+
         @pytest.fixture(autouse=True, scope="class")
         def _engine(self, almanac, request):
             request.cls.engine = Refrag(almanac[0].model)
@@ -169,6 +171,8 @@ else:
         pass
 
     class TestRetriever(RetrieversIntegrationTests):
+        pytestmark = pytest.mark.asyncio
+
         @pytest.fixture(autouse=True, scope="class")
         def _index(self, almanac, request):
             request.cls.index = almanac[0].index

@@ -133,9 +133,8 @@ def test_a_question_is_answered_piece_by_piece_and_then_by_plain_rag(almanac):
     assert last.answer == answer_html(ours.text, 8) and last.plain == answer_html(plain.text, 8)
     assert last.passages == passages_html(ours)
     assert f"<td>{ours.usage['prompt_slots']:,}</td><td>{plain.usage['prompt_slots']:,}</td>" in last.figures
-    texts = [Page(view.answer).text for view in shown]
-    assert texts[0] == "retrieving, reading …" and all(Page(last.answer).text.startswith(text[:1]) for text in texts[1:])
-    assert len({view.answer for view in shown}) > 3  # it streamed
+    pieces = [Page(view.answer).text for view in shown[1:] if "rf-cite" not in view.answer]
+    assert len(set(pieces)) > 2 and all(ours.text.startswith(piece) for piece in pieces)
     assert all(not view.plain for view in shown if not view.passages)  # one after the other
 
 

@@ -98,7 +98,7 @@ class ChatRefrag(BaseChatModel):
         turns = [Turn(_role(message), _text(message)) for message in messages if not isinstance(message, SystemMessage)]
         if not turns or turns[-1].role != "user":
             raise InputError("The last message must be the human's question: end the messages with a HumanMessage.")
-        own = {"temperature": self.temperature, "max_new_tokens": self.max_tokens, "stop": tuple(stop or self.stop or ())}
+        own: dict[str, Any] = {"temperature": self.temperature, "max_new_tokens": self.max_tokens, "stop": tuple(stop or self.stop or ())}
         own |= {"history": tuple(turns[:-1]), "system": "\n\n".join(system) or None}
         if "max_tokens" in options:
             options["max_new_tokens"] = options.pop("max_tokens")

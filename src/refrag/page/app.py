@@ -41,7 +41,7 @@ def mount(app: Any, engine: Any, *, path: str = "/ui", reading: Reading | None =
         _page(gradio, engine, reading or Reading(), examples),
         path=path,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="green"),
-        css=(files(__package__) / "page.css").read_text(encoding="utf-8"),
+        css=(files("refrag.page") / "page.css").read_text(encoding="utf-8"),
         footer_links=[],
         run_history=False,  # else questions and answers stay in the browser
         ssr_mode=False,
@@ -113,7 +113,7 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
     most = max(1, min(MAX_TOP_K, engine.index.count))
     with gradio.Blocks(title="refrag", analytics_enabled=False) as page:
         gradio.HTML(_header(engine), elem_id="rf-header")
-        with gradio.Row(equal_height=True):
+        with gradio.Row():
             question = gradio.Textbox(label="Question", placeholder="Ask about the passages", max_lines=4, max_length=4000, autofocus=True, scale=8, elem_id="rf-question")
             ask = gradio.Button("Ask", variant="primary", scale=1, min_width=96, elem_id="rf-ask")
         if examples:
@@ -126,7 +126,7 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
                 gradio.Checkbox(value=True, label="Compare with plain RAG", elem_id="rf-compare"),
             ]
         with gradio.Row():
-            answers = [gradio.HTML(HINT.answer, label="REFRAG", show_label=True, container=True, elem_id="rf-ours"), gradio.HTML(label="Plain RAG", show_label=True, container=True, elem_id="rf-plain")]
+            answers = [_column(gradio, "REFRAG", HINT.answer, "rf-ours"), _column(gradio, "Plain RAG", "", "rf-plain")]
         outputs = [*answers, gradio.HTML(elem_id="rf-figures"), gradio.HTML(elem_id="rf-passages")]
         policy, budget, top_k, compare = controls
         triggers = [ask.click, question.submit, policy.input, budget.release, top_k.release, compare.input]
@@ -134,6 +134,12 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
     return page.queue(max_size=32)
 
 
+def _column(gradio: Any, title: str, html: str, name: str) -> Any:
+    with gradio.Column(min_width=280, elem_classes="rf-column"):
+        gradio.HTML(f"<h2>{title}</h2>")
+        return gradio.HTML(html, elem_id=name, min_height=56)
+
+
 def _header(engine: Any) -> str:
-    name = escape(os.path.basename(str(engine.model.name_or_path or "model")))
-    return f'<h1>refrag</h1><p class="rf-note">{engine.index.count:,} passages · {name} · chunks of {engine.model.config.chunk_size} tokens</p>'
+    name = escape(os.path.basename(engine.index.manifest.model_name) or "a model made in memory")
+    return f'<h1>refrag</h1><p class="rf-note">{engine.index.count:,} passages · read by {name} in chunks of {engine.model.config.chunk_size} tokens</p>'
