@@ -194,3 +194,24 @@ def assert_same(one, other, prompts) -> None:
     """Two models give the same logits, bit for bit, over mixed inputs."""
     masks = [mixed_mask(prompt) for prompt in prompts]
     assert torch.equal(logits_of(one, prompts, masks)[1], logits_of(other, prompts, masks)[1])
+
+
+@pytest.fixture(scope="session")
+def almanac(tmp_path_factory):
+    """(engine, cases): the bundled model over an index of three held-out almanac cases, 24 passages, and the cases."""
+    from refrag.config import resolve_model
+    from refrag.demo.almanac import evaluation_cases
+    from refrag.engine import Refrag
+    from refrag.errors import NotFoundError
+    from refrag.index import PassageIndex
+    from refrag.model import load_model
+
+    try:
+        resolve_model("bundled")
+    except NotFoundError:
+        pytest.skip("no bundled weights in this installation")
+    model = load_model("bundled", device="cpu")
+    cases = list(evaluation_cases(3))
+    index = PassageIndex.create(tmp_path_factory.mktemp("almanac") / "index", model)
+    index.add([passage for case, _ in cases for passage in case.passages])
+    return Refrag(model, index=index), cases

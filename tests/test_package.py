@@ -20,9 +20,10 @@ SOURCES = sorted(SOURCE.rglob("*.py"))
 ORDER = ("errors", "config", "text", "data", "layout", "encoder", "policy", "hub", "model", "index", "engine", "evaluation", "demo", "cli")
 MAY_IMPORT = {name: {name, *ORDER[:rank]} for rank, name in enumerate(ORDER)}
 MAY_IMPORT["training"] = {"training", *ORDER[: ORDER.index("model") + 1]}
-MAY_IMPORT["server"] = {"server", *ORDER[: ORDER.index("engine") + 1]}
+MAY_IMPORT["server"] = {"server", "page", *ORDER[: ORDER.index("engine") + 1]}
+MAY_IMPORT |= {name: {name, *ORDER[: ORDER.index("engine") + 1]} for name in ("page", "integrations")}
 MAY_IMPORT["demo"] |= {"training"}
-MAY_IMPORT["cli"] |= {"training", "server"}
+MAY_IMPORT["cli"] |= {"training", "server", "page"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the repository, not an installed package")
 

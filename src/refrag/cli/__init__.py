@@ -23,6 +23,7 @@ from .export import Export
 from .index import Index
 from .serve import Serve
 from .train import Doctor, Train, Tune, with_config
+from .ui import Ui
 
 DESCRIPTION = "Answers from retrieved passages that are compressed into vectors and expanded only where it matters (REFRAG)."
 
@@ -35,6 +36,7 @@ Command = (
     | Annotated[Doctor, subcommand("doctor"), FlagCreatePairsOff]
     | Annotated[Demo, subcommand("demo"), FlagCreatePairsOff]
     | Annotated[Export, subcommand("export"), FlagCreatePairsOff]
+    | Annotated[Ui, subcommand("ui"), FlagCreatePairsOff]
     | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
     | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
     | Annotated[Eval, subcommand("eval"), FlagCreatePairsOff]

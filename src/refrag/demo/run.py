@@ -88,6 +88,14 @@ def systems_of(engine: Refrag) -> list[str]:
     return [name for name in SYSTEMS if name != "learned policy" or engine.model.has_trained_policy]
 
 
+def index_cases(model: Any, cases: Sequence[tuple[Case, Question]], folder: Path, *, console: Console) -> tuple[PassageIndex, dict[str, int]]:
+    """The passages of all cases in a new index under `folder`, and what `PassageIndex.add` counted."""
+    index = PassageIndex.create(folder / "almanac", model, IndexSettings())
+    passages = [passage for case, _ in cases for passage in case.passages]
+    console.print(f"Indexing {len(passages)} passages of an invented world that the model has never seen …")
+    return index, index.add(passages)
+
+
 def run_demo(model: str | Path = BUNDLED_MODEL, *, num_questions: int = 40, seed: int = 0, device: str = "auto", as_json: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Index the passages of a held-out world, ask, and show one table beside a few answers; returns what it shows.
 
@@ -97,18 +105,15 @@ def run_demo(model: str | Path = BUNDLED_MODEL, *, num_questions: int = 40, seed
     console = console or Console(stderr=True)
     loaded = load_model(model, device=device)
     cases = list(evaluation_cases(num_questions, split="held-out", seed=seed))
-    passages = [passage for case, _ in cases for passage in case.passages]
     with tempfile.TemporaryDirectory() as folder:
-        index = PassageIndex.create(Path(folder) / "almanac", loaded, IndexSettings())
-        console.print(f"Indexing {len(passages)} passages of an invented world that the model has never seen …")
-        counts = index.add(passages)
+        index, counts = index_cases(loaded, cases, Path(folder), console=console)
         engine = Refrag(loaded, index=index)
         engine.answer(cases[0][1].text, cases[0][0].passages, max_new_tokens=1)  # warm-up, not counted
         console.print(f"{counts['chunks']} chunk vectors stored. Asking {num_questions} questions, 8 competing passages each …")
         with Bar(console=console, disable=console.quiet, transient=True) as bar:
             task = bar.add_task("asking", total=num_questions * len(systems_of(engine)))
             asked = compare(engine, cases, progress=lambda count: bar.advance(task, count))
-    report = {"passages": len(passages), "chunks": counts["chunks"], "systems": {name: summarise(rows) for name, rows in asked.items()}}
+    report = {"passages": counts["added"], "chunks": counts["chunks"], "systems": {name: summarise(rows) for name, rows in asked.items()}}
     if as_json:
         print(json.dumps(report))  # noqa: T201  data goes to stdout
     else:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from itertools import groupby
 from typing import Any, Literal, TypedDict
 
 from ..config import POLICIES, Budget, GenerationSettings, check_whole
@@ -190,23 +191,26 @@ def find_citations(text: str, passages: Sequence[Passage]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(passages[n - 1].id for n in numbers if 1 <= n <= len(passages)))
 
 
-def segments(answer: Answer) -> Iterator[tuple[dict[str, Any], list[tuple[str, bool]]]]:
-    """Per passage its entry and its text in (text, expanded) parts, put together from the trace.
+def chunk_parts(answer: Answer) -> Iterator[tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]]:
+    """Per passage its entry, and for each of its chunks (text, trace entry); the texts together are the passage.
 
     A character that a chunk border splits belongs to both chunks; it is shown once, with the first.
     """
     entries = iter(answer.trace)
     for passage in answer.passages:
-        parts: list[tuple[str, bool]] = []
+        parts: list[tuple[str, dict[str, Any]]] = []
         shown = 0
         for _, entry in zip(range(passage["num_chunks"]), entries, strict=False):
-            text = entry["text"][max(shown - entry["start"], 0) :]
+            parts.append((entry["text"][max(shown - entry["start"], 0) :], entry))
             shown = max(shown, entry["end"])
-            if parts and parts[-1][1] == entry["expanded"]:
-                parts[-1] = (parts[-1][0] + text, entry["expanded"])
-            else:
-                parts.append((text, entry["expanded"]))
         yield passage, parts
+
+
+def segments(answer: Answer) -> Iterator[tuple[dict[str, Any], list[tuple[str, bool]]]]:
+    """Per passage its entry and its text in (text, expanded) parts: neighbouring chunks of one kind joined."""
+    for passage, chunks in chunk_parts(answer):
+        runs = groupby(chunks, key=lambda chunk: chunk[1]["expanded"])
+        yield passage, [("".join(text for text, _ in run), expanded) for expanded, run in runs]
 
 
 def render_trace(answer: Answer) -> Any:
