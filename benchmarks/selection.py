@@ -7,7 +7,8 @@ question-aware, each trained by the paper's grouped objective from nothing (`scr
 (`supervised`), and by the objective after a supervised start (`both`); all by `refrag train policy`, skipped where done.
 
 `its own policy` is the one that the model came with. Log-perplexity (nats a token) is of the gold answer; `found` is the share of answerable questions for which a chunk that overlaps
-the answer's characters is among the expanded; exact match is of the generated answer, after its citations.
+the answer's characters is among the expanded; exact match means that greedy decoding gives the gold answer token for token, its
+citations and its end included: stricter than the almanac's table, which looks at the words alone.
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,14 @@ import numpy as np
 import torch
 import tyro
 
-from refrag.config import BUNDLED_MODEL, Budget
+from refrag.config import BUNDLED_MODEL
 from refrag.demo.almanac import Case, Question, cited, evaluation_cases, write_dataset
 from refrag.demo.lessons import overlapping
-from refrag.demo.run import ask_all
-from refrag.engine import Refrag
 from refrag.evaluation.provenance import result, write_result
+from refrag.layout import lay_out, mix
 from refrag.model import RefragModel, load_model
 from refrag.text import PromptBuilder
-from refrag.training.rollout import PolicyItem, choices
+from refrag.training.rollout import PolicyItem, choices, share_chunk_table
 
 FIXED = ("random", "first", "perplexity", "perplexity-low", "similarity")
 OBJECTIVES = {
@@ -127,29 +128,35 @@ def items_of(model: RefragModel, cases: Sequence[tuple[Case, Question]]) -> list
     return items
 
 
-def scored(model: RefragModel, items: Sequence[PolicyItem], rules: Sequence[str], fractions: Sequence[float]) -> dict[str, dict[str, list[float]]]:
-    """`RULE@p` -> per item the log-perplexity, and whether the answer's chunk was expanded."""
+@torch.no_grad()
+def judge(model: RefragModel, item: PolicyItem, chunk_embeds: torch.Tensor, masks: torch.Tensor, found: list[dict[str, float]]) -> torch.Tensor:
+    """Negative log-perplexity of the gold answer under each mask; what else is measured is put into `found`, a row a mask."""
+    num = len(item.completion)
+    layout = lay_out([item.prompt] * len(masks), list(masks), completions=[item.completion] * len(masks))
+    mixed = mix(share_chunk_table(layout), model.get_input_embeddings(), model.project(chunk_embeds))
+    logits = model.decoder(
+        inputs_embeds=mixed.inputs_embeds, attention_mask=mixed.attention_mask, position_ids=mixed.position_ids, use_cache=False, logits_to_keep=num + 1
+    ).logits[:, -num - 1 : -1]
+    targets = torch.tensor(item.completion).expand(len(logits), -1)
+    exact = (logits.argmax(-1) == targets).all(1)
+    lengths = torch.tensor([len(chunk.token_ids) for chunk in item.prompt.chunks])
+    whole = item.prompt.num_context_tokens
+    for mask, right in zip(masks, exact.tolist(), strict=True):
+        found.append({"exact_match": float(right), "context_tokens": whole, "context_slots": whole - int((lengths - 1)[~mask].sum())})
+    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+
+
+def measure(model: RefragModel, items: Sequence[PolicyItem], rules: Sequence[str], fractions: Sequence[float]) -> dict[str, dict[str, list[float]]]:
+    """`RULE@p` -> per item the log-perplexity, the exact match, whether the answer's chunk was expanded, and tokens and slots of the context."""
     values: dict[str, dict[str, list[float]]] = {}
     for number, item in enumerate(items):
-        for choice in choices(model, item, fractions=fractions, rules=rules, seed=number):
-            own = values.setdefault(f"{choice.rule}@{choice.expand_fraction:g}", {"log_perplexity": [], "found": []})
-            own["log_perplexity"].append(-choice.reward)
-            own["found"].append(float(choice.found > 0) if choice.gold else float("nan"))
-    return values
-
-
-def asked(engine: Refrag, cases: Sequence[tuple[Case, Question]], rules: Sequence[str], fractions: Sequence[float]) -> dict[str, dict[str, list[float]]]:
-    """`RULE@p` -> per question the exact match, and the tokens and slots of its context."""
-    values = {}
-    for rule in rules:
-        for fraction in fractions:
-            budget = {} if rule in ("none", "all") else {"budget": Budget(expand_fraction=fraction)}
-            answers = ask_all(engine, cases, {"policy": rule, **budget}, batch_size=25)
-            values[f"{rule}@{fraction:g}"] = {
-                "exact_match": [one.exact_match for one in answers],
-                "context_tokens": [one.answer.usage["context_tokens"] for one in answers],
-                "context_slots": [one.answer.usage["context_slots"] for one in answers],
-            }
+        rows: list[dict[str, float]] = []
+        made = choices(model, item, fractions=fractions, rules=rules, seed=number, reward=partial(judge, found=rows))
+        for choice, row in zip(made, rows, strict=True):
+            row |= {"log_perplexity": -choice.reward, "found": float(choice.found > 0) if choice.gold else float("nan")}
+            own = values.setdefault(f"{choice.rule}@{choice.expand_fraction:g}", {})
+            for name, value in row.items():
+                own.setdefault(name, []).append(value)
     return values
 
 
@@ -192,18 +199,17 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     source = load_model(arguments.model, device="cpu", dtype="float32")
     names = train_all(arguments, source)
-    cases = list(evaluation_cases(arguments.num_questions))
-    items = items_of(source, cases)
-    values = measure(source, cases, items, FIXED, arguments.fractions) | measure(source, cases, items, ("none", "all"), (0.0,))
+    items = items_of(source, list(evaluation_cases(arguments.num_questions)))
+    values = measure(source, items, FIXED, arguments.fractions) | measure(source, items, ("none", "all"), (0.0,))
     if source.has_trained_policy:
-        own = measure(source, cases, items, ("learned",), arguments.fractions)
+        own = measure(source, items, ("learned",), arguments.fractions)
         values |= {key.replace("learned", "its own policy"): row for key, row in own.items()}
     seeds: dict[str, dict[str, Any]] = {}
     for arm in dict.fromkeys(name.rpartition("-")[0] for name in names):
         runs = []
         for seed in arguments.seeds:
             model = load_model(arguments.runs / f"{arm}-{seed}" / "model", device="cpu", dtype="float32")
-            runs.append(measure(model, cases, items, ("learned",), arguments.fractions))
+            runs.append(measure(model, items, ("learned",), arguments.fractions))
             print(arm, seed, {key: row_of(own) for key, own in runs[-1].items()}, flush=True)
         values |= {key.replace("learned", arm): own for key, own in mean_of_seeds(runs).items()}
         seeds[arm] = {str(seed): {key.replace("learned", arm): row_of(own) for key, own in run.items()} for seed, run in zip(arguments.seeds, runs, strict=True)}
@@ -214,12 +220,6 @@ def main() -> None:
     if arguments.out:
         content = {"table": table, "seeds": seeds, "claims": claims(values, arguments.fractions), "training": curves(arguments.runs, names)}
         write_result(arguments.out, result("selection", settings=settings, values=content, seed=arguments.seeds[0]))
-
-
-def measure(model: RefragModel, cases: Sequence[tuple[Case, Question]], items: Sequence[PolicyItem], rules: Sequence[str], fractions: Sequence[float]) -> dict[str, dict[str, list[float]]]:
-    """Scores and answers of some rules, put together."""
-    by_score, by_answer = scored(model, items, rules, fractions), asked(Refrag(model), cases, rules, fractions)
-    return {key: by_score[key] | by_answer[key] for key in by_score}
 
 
 def curves(runs: Path, names: Sequence[str]) -> dict[str, Any]:
