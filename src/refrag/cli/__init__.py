@@ -17,7 +17,8 @@ from tyro.conf import FlagCreatePairsOff, subcommand
 
 from .. import __version__
 from ..errors import RefragError
-from .ask import Ask, Bench, Demo, Info
+from .ask import Ask, Demo, Info
+from .bench import Bench, Report
 from .index import Index
 from .train import Doctor, Train, Tune, with_config
 
@@ -32,6 +33,7 @@ Command = (
     | Annotated[Demo, subcommand("demo"), FlagCreatePairsOff]
     | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
     | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
+    | Annotated[Report, subcommand("report"), FlagCreatePairsOff]
 )
 
 
