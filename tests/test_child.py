@@ -23,6 +23,12 @@ def test_a_value_comes_back_with_the_peak_of_its_own_process() -> None:
     assert outcome.peak_rss_bytes is None or outcome.peak_rss_bytes < 100 * 2**20  # this test's own process has torch in it
 
 
+def test_what_a_function_prints_does_not_stand_among_its_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    assert in_child(print, "hello").failed is None
+    assert in_child(os.system, "echo from another program").value == 0
+    assert capfd.readouterr() == ("", "hello\nfrom another program\n")
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "reason"),
     [

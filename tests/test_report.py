@@ -179,6 +179,14 @@ def test_examples_mark_what_was_expanded_and_show_a_shared_character_once(folder
     assert "<h3>refrag: a harbour</h3>" in words and "Expected: The harbour" in words
 
 
+def test_chunks_without_a_text_are_cut_from_their_passages(tmp_path: Path) -> None:
+    trace = [{"passage_id": 7, "start": 0, "end": 4, "expanded": True}, {"passage_id": 7, "start": 4, "end": 9, "expanded": False}, "broken", {"passage_id": 8}]
+    example = {"question": "Q", "answer": "A", "passages": [{"id": 7, "title": "T", "text": "The house."}], "trace": trace, "prediction": "P"}
+    words = render(read_all([_write(tmp_path / "any.json", {"schema": 1, "kind": "any", "examples": [example, 5]})])[0])
+    assert '<h3>answer: P</h3><p class="trace"><b>T</b> <mark>The </mark><span>house</span></p><p class="trace"><b>8</b> <span></span></p>' in words
+    Page(words)
+
+
 def test_every_number_says_where_it_comes_from(folder: Path) -> None:
     words = render(read_all([folder / "training.json"])[0])
     assert "<code>refrag bench --x &lt;1&gt;</code>" in words

@@ -1,6 +1,7 @@
 """Measurements in a process of their own: the peak memory is theirs alone, and one that fails takes no other with it. No torch here."""
 
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def in_child(function: Callable[..., Any], *args: Any) -> Outcome:
 
 def _serve() -> None:
     """The other side: read what to call, write its Outcome."""
-    out, sys.stdout = sys.stdout.buffer, sys.stderr
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever anybody prints, libraries in C too, must not stand among the answer's bytes
     level, function, args = pickle.load(sys.stdin.buffer)
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.ERROR)
     logging.getLogger("refrag").setLevel(level)
@@ -51,8 +53,8 @@ def _serve() -> None:
     except Exception as error:
         logger.debug("the measurement failed", exc_info=True)
         outcome = Outcome(failed=explain(error), peak_rss_bytes=peak_rss_bytes())
-    pickle.dump(outcome, out)
-    out.flush()
+    with out:
+        pickle.dump(outcome, out)
 
 
 def explain(error: BaseException) -> str:

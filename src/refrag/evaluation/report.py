@@ -136,32 +136,41 @@ def _example(example: Mapping[str, Any]) -> str:
     """A question, what each system said, and what it read: expanded parts are marked."""
     expected = example.get("answers", example.get("gold", example.get("answer", "")))
     expected = ", ".join(map(str, expected)) if isinstance(expected, list) else str(expected)
-    systems = example.get("systems")
+    systems, passages = example.get("systems"), example.get("passages")
     said = systems if isinstance(systems, Mapping) else {str(example.get("system", "answer")): example}
-    parts = "".join(_said(str(name), own) for name, own in said.items() if isinstance(own, Mapping))
+    texts = {str(own.get("id")): own for own in passages if isinstance(own, Mapping)} if isinstance(passages, list) else {}
+    parts = "".join(_said(str(name), own, texts) for name, own in said.items() if isinstance(own, Mapping))
     return f'<details class="example"><summary>{text(example.get("question", "example"))}</summary><p>Expected: {text(expected)}</p>{parts}</details>'
 
 
-def _said(name: str, own: Mapping[str, Any]) -> str:
+def _said(name: str, own: Mapping[str, Any], passages: Mapping[str, Mapping[str, Any]]) -> str:
     answer = own.get("text", own.get("prediction", own.get("answer", "")))
     trace = own.get("trace")
-    return f"<h3>{text(name)}: {text(answer)}</h3>" + (_trace(trace) if isinstance(trace, list) else "")
+    return f"<h3>{text(name)}: {text(answer)}</h3>" + (_trace(trace, passages) if isinstance(trace, list) else "")
 
 
-def _trace(trace: Iterable[Any]) -> str:
-    """The passages put together from their chunks; a character that two chunks share is shown once."""
-    passages: dict[str, list[str]] = {}
+def _trace(trace: Iterable[Any], passages: Mapping[str, Mapping[str, Any]]) -> str:
+    """The passages put together from their chunks; a character that two chunks share is shown once.
+
+    A chunk has its `text`, or else `start` and `end` in the text of its passage.
+    """
+    lines: dict[str, list[str]] = {}
+    titles: dict[str, str] = {}
     ends: dict[str, int] = {}
     for chunk in trace:
-        if not isinstance(chunk, Mapping) or "text" not in chunk:
+        if not isinstance(chunk, Mapping):
             continue
-        name = str(chunk.get("title") or chunk.get("passage_id", ""))
-        start, end = chunk.get("start", 0), chunk.get("end", 0)
-        own = str(chunk["text"])[max(ends.get(name, 0) - start, 0) :]
+        name = str(chunk.get("passage_id", ""))
+        passage = passages.get(name, {})
+        start, end = (int(place) if is_number(place := chunk.get(key)) else 0 for key in ("start", "end"))
+        own = chunk.get("text", str(passage.get("text", ""))[start:end])
+        own = str(own)[max(ends.get(name, 0) - start, 0) :] if end else str(own)
         ends[name] = max(ends.get(name, 0), end)
+        titles.setdefault(name, str(chunk.get("title") or passage.get("title") or name))
         score = f' title="score {chunk["score"]:.3g}"' if is_number(chunk.get("score")) else ""
-        passages.setdefault(name, []).append(f"<mark{score}>{text(own)}</mark>" if chunk.get("expanded") else f"<span{score}>{text(own)}</span>")
-    return "".join(f'<p class="trace"><b>{text(name)}</b> {"".join(parts)}</p>' for name, parts in passages.items())
+        tag = "mark" if chunk.get("expanded") else "span"
+        lines.setdefault(name, []).append(f"<{tag}{score}>{text(own)}</{tag}>")
+    return "".join(f'<p class="trace"><b>{text(titles[name])}</b> {"".join(parts)}</p>' for name, parts in lines.items())
 
 
 # ── where numbers come from ──────────────────────────────────────────────────────────────────────────────────────────
