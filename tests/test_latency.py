@@ -12,20 +12,24 @@ from transformers import AutoModelForCausalLM
 
 from refrag.errors import InputError
 from refrag.evaluation import latency, provenance
-from refrag.evaluation.latency import Samples, Workload, compose, ratios
-from refrag.evaluation.settings import LatencySettings
+from refrag.evaluation.rounds import Samples, interleave, ratios
+from refrag.evaluation.settings import LatencySettings, Reading
 from refrag.evaluation.shapes import DECODERS, decoder_config, fill_randomly, random_refrag, vocabulary, word_tokenizer
 from refrag.evaluation.statistics import Median, median_interval, percentile
+from refrag.evaluation.views import interval_words
+from refrag.evaluation.workload import Workload, build_model, compose
 from refrag.model import RefragModel
 from refrag.text import PromptBuilder
 
 SMALL = {"shape": "tiny", "encoder_shape": "tiny", "context_tokens": 128, "question_tokens": 48, "chunk_size": 4, "num_passages": 2}
-SETTINGS = LatencySettings(**SMALL, index_passages=6, min_repeats=6, max_repeats=7, baseline="full", uncached=True, expand_fraction=0.25)
+SETTINGS = LatencySettings(
+    **SMALL, index_passages=6, min_repeats=6, max_repeats=6, baseline="full", uncached=True, in_memory=True, new_tokens=4, expand_fraction=0.25
+)
 
 
 @pytest.fixture(scope="module")
 def model() -> RefragModel:
-    return latency.build_model(SETTINGS)
+    return build_model(SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +78,36 @@ def test_ratios_are_taken_within_a_round() -> None:
     """A machine that is ten times slower in one round does not move a ratio."""
     bare = [1.0, 1.0, 10.0, 1.0, 1.0, 1.0]
     samples = {name: Samples([scale * b for b in bare], [scale] * 6) for name, scale in (("cached", 1.25), ("bare", 1.0))}
-    found = ratios(samples, 0.02)
-    assert found == {"cached_over_bare": {"median": 1.25, "low": 1.25, "high": 1.25, "steady": True, "cpu_median": 1.25}}
+    found = ratios(samples, {"cached_over_bare": ("cached", "bare"), "full_over_bare": ("full", "bare")}, 0.02)
+    assert found == {"cached_over_bare": {"median": 1.25, "low": 1.25, "high": 1.25, "steady": True, "cpu_median": 1.25, "rounds": 6}}
+
+
+def test_every_system_serves_every_request_once_and_two_requests_warm_up() -> None:
+    """Steady after the fewest rounds: what counts is what the systems say."""
+    served: dict[str, list[int]] = {"a": [], "b": []}
+    systems = {name: (lambda request, name=name: served[name].append(request) or {"a": 3.0, "b": 2.0}[name]) for name in served}
+    samples = interleave(systems, {"a_over_b": ("a", "b")}, iter(range(100)), LatencySettings(**SMALL, min_repeats=6), seconds=lambda result, wall: result)
+    assert served == {"a": list(range(8)), "b": list(range(8))}
+    assert samples["a"].seconds == [3.0] * 6
+    assert len(samples["a"].cpu_s) == len(samples["a"].results) == 6
+
+
+@pytest.mark.parametrize(("high", "words"), [(1.1, "1.050 [1.000, 1.100]"), (None, "1.050 [1.000, open]"), (float("inf"), "1.050 [1.000, open]")])
+def test_an_interval_in_words(high: float | None, words: str) -> None:
+    assert interval_words({"median": 1.05, "low": 1.0, "high": high}) == words
 
 
 # ── models and text ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("shape", "parameters"), [("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824), ("llama-2-7b", 6_738_415_616)]
+    ("shape", "parameters"), [("smollm2-135m", 134_515_008), ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824), ("llama-2-7b", 6_738_415_616)]
 )
 def test_shapes_have_the_published_numbers_of_parameters(shape: str, parameters: int) -> None:
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(decoder_config(shape))
     assert sum(weight.numel() for weight in decoder.parameters()) == parameters
-    assert set(LatencySettings.__annotations__["shape"].__args__) == set(DECODERS)
+    assert set(Reading.__annotations__["shape"].__args__) == set(DECODERS)
 
 
 def test_random_weights_are_ready_to_use() -> None:
@@ -114,7 +133,7 @@ def test_building_the_whole_model_draws_no_weight_again(model: RefragModel) -> N
 def test_a_saved_model_is_measured_by_name(tmp_path: Path) -> None:
     saved = random_refrag("tiny", "tiny", chunk_size=8, dtype=torch.float32, device=torch.device("cpu"), seed=3)
     saved.save_pretrained(tmp_path / "mine")
-    loaded = latency.build_model(LatencySettings(**SMALL, model=str(tmp_path / "mine"), dtype="float32", index_passages=2))
+    loaded = build_model(LatencySettings(**SMALL, model=str(tmp_path / "mine"), dtype="float32", index_passages=2))
     assert loaded.config.chunk_size == 8
     assert torch.equal(loaded.decoder.lm_head.weight, saved.decoder.lm_head.weight)
     assert len(Workload.make(loaded, SETTINGS).passages) == 6
@@ -166,12 +185,12 @@ def test_the_result_counts_what_was_asked_for(content: dict) -> None:
 
 
 def test_every_system_has_a_sample_of_every_round(content: dict) -> None:
-    assert set(content["systems"]) == {"cached", "bare", "full", "uncached"}
-    assert content["rounds"] in (6, 7)
+    assert set(content["systems"]) == {"cached", "bare", "full", "uncached", "memory"}
+    assert content["rounds"] == 6
     for system in content["systems"].values():
         assert len(system["samples_s"]) == content["rounds"]
         assert min(system["samples_s"]) <= system["p50_s"] <= system["p95_s"] <= max(system["samples_s"]) + 1e-6
-    assert set(content["ratios"]) == set(latency.RATIOS)
+    assert set(content["ratios"]) == set(latency.RATIOS) | set(latency.TTIT_RATIOS)
     assert content["steady"] == all(ratio["steady"] for ratio in content["ratios"].values())
 
 
@@ -181,6 +200,42 @@ def test_stages_make_up_the_time_to_first_token(content: dict) -> None:
     assert cached["stages_s"]["vectors_s"] > 0
     assert sum(cached["stages_s"].values()) == pytest.approx(cached["p50_s"], rel=0.5)  # medians of parts, not parts of a median
     assert content["systems"]["bare"]["stages_s"] == {}
+    assert 0 < content["shares"]["reading"] < 1
+    assert 0 < content["shares"]["policy_and_projector"] < 1
+
+
+def test_time_between_tokens_is_that_of_tokens_after_the_first(content: dict) -> None:
+    decoding = content["decoding"]
+    assert decoding["new_tokens"] == 4
+    assert set(decoding["systems"]) == {"cached", "full", "generate"}
+    assert content["ratios"]["ttit_cached_over_generate"]["cpu_median"] is None
+    for system in decoding["systems"].values():
+        assert 0 < system["p50_s"] < content["systems"]["full"]["p95_s"]
+
+
+def test_sizes_and_limits_by_hand(content: dict) -> None:
+    """One layer of the tiny decoder has 36,864 weights in its matrices; 104 slots against 176, logits of 8,192 words once."""
+    systems = content["systems"]
+    assert {name: own["slots"] for name, own in systems.items()} == {"cached": 104, "bare": 104, "full": 176, "uncached": 104, "memory": 104}
+
+    def decoder(slots: int) -> int:
+        return 2 * 64 * 8192 + slots * 2 * 2 * 36864 + (slots * (slots + 1) // 2) * 2 * 2 * 2 * 64
+
+    projector = 24 * 2 * (32 * 256 + 256 * 64)  # 24 of 32 chunks are not expanded
+    encoder = 32 * 2 * (6 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 2 * 6 * 6 * 32)  # 4 tokens and 2 special ones a chunk, 2 layers
+    assert systems["bare"]["flops"] == decoder(104)
+    assert systems["full"]["flops"] == decoder(176)
+    assert systems["cached"]["flops"] == systems["memory"]["flops"] == decoder(104) + projector
+    assert systems["uncached"]["flops"] == decoder(104) + projector + encoder
+    assert content["limits"]["full_over_cached"] == decoder(176) / (decoder(104) + projector)
+    assert systems["full"]["kv_bytes"] == 176 * content["workload"]["kv_bytes"] // 104
+
+
+def test_the_counted_bytes_are_those_of_the_cache(model: RefragModel, content: dict) -> None:
+    slots = content["workload"]["prompt_slots"]
+    with torch.no_grad():
+        cache = model.decoder(input_ids=torch.ones(1, slots, dtype=torch.long), use_cache=True).past_key_values
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == content["workload"]["kv_bytes"]
 
 
 def test_a_cached_request_reads_every_passage_from_the_index(model: RefragModel, tmp_path: Path) -> None:
@@ -206,8 +261,14 @@ def test_a_cached_request_reads_every_passage_from_the_index(model: RefragModel,
         systems["cached"](request)
     assert read == [["p2", "p3"]] * 2
     assert systems["full"](request).usage["prompt_slots"] == 48 + 128
-    assert len(read) == 2, "plain RAG and computed vectors leave the index alone"
-    assert systems["uncached"](request).usage == systems["cached"](request).usage
+    encoded: list[int] = []
+    encode = model.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "encode", lambda texts, **kwargs: encoded.append(len(texts)) or encode(texts, **kwargs))
+        memory = systems["memory"](request)
+    assert encoded == [1], "the policy looks at the question; the chunks' vectors are there"
+    assert len(read) == 2, "plain RAG, and vectors computed or in memory, leave the index alone"
+    assert systems["uncached"](request).usage == systems["cached"](request).usage == memory.usage
 
 
 def test_the_summary_says_so_when_a_ratio_is_not_steady(content: dict) -> None:
@@ -217,6 +278,42 @@ def test_the_summary_says_so_when_a_ratio_is_not_steady(content: dict) -> None:
     calm = {**content, "ratios": {"cached_over_bare": {**ratio, "steady": True}}}
     assert "NOT STEADY" not in latency.summary(calm)
     assert "cached over bare" in latency.summary(calm)
+
+
+def test_the_summary_prints_what_flops_allow(content: dict) -> None:
+    limits = content["limits"]
+    assert latency.summary(content).splitlines()[-1] == (
+        f"causal FLOPs of this shape and question allow plain RAG ÷ REFRAG of {limits['full_over_cached']:.2f} with stored vectors, "
+        f"{limits['full_over_uncached']:.2f} with vectors computed in the request"
+    )
+
+
+def test_a_sweep_goes_on_behind_a_point_that_fails(tmp_path: Path) -> None:
+    """A million tokens are more slots, a quarter of a million, than the decoder has positions."""
+    out = tmp_path / "sweep.json"
+    content = latency.run(LatencySettings(**SMALL, index_passages=2, min_repeats=6, max_repeats=6, sweep_context=(64, 1 << 20), out=out))
+    assert content["kind"] == "latency-sweep"
+    assert json.loads(out.read_text("utf-8"))["points"][0]["workload"]["num_chunks"] == 16
+    good, bad = content["points"]
+    assert "failed" not in good and good["peak_rss_bytes"] > 0
+    assert "positions" in bad["failed"]
+    assert [line.split(":")[0] for line in latency.summary(content).splitlines()] == ["64 context tokens, k = 4", "1,048,576 context tokens, k = 4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep_context": (64, 65)}, "sweep_context must divide evenly over num_passages, were 65 and 2: try sweep_context 64"),
+        ({"sweep_chunk_size": (8, 0)}, "sweep_chunk_size must be 1 or more, was 0: try 8 16 32"),
+        ({"model": "bundled", "sweep_chunk_size": (8,)}, "A trained model has its own chunk size, --model bundled was given with sweep_chunk_size"),
+        ({"new_tokens": 0}, "new_tokens must be 1 or more, was 0"),
+        ({"threads": 0}, "threads must be 1 or more, was 0"),
+        ({"min_repeats": 5}, "min_repeats must be 6 or more"),
+    ],
+)
+def test_settings_that_cannot_be_measured_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LatencySettings(**SMALL, **changes)
 
 
 # ── where a result comes from ────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ MAY_IMPORT = {name: {name, *ORDER[:rank]} for rank, name in enumerate(ORDER)}
 MAY_IMPORT["training"] = {"training", *ORDER[: ORDER.index("model") + 1]}
 MAY_IMPORT["server"] = {"server", "page", *ORDER[: ORDER.index("engine") + 1]}
 MAY_IMPORT |= {name: {name, *ORDER[: ORDER.index("engine") + 1]} for name in ("page", "integrations")}
+MAY_IMPORT["evaluation"] |= {"training"}  # what measures a training step imports it; training imports nothing of evaluation
 MAY_IMPORT["demo"] |= {"training"}
 MAY_IMPORT["cli"] |= {"training", "server", "page"}
 

@@ -138,7 +138,7 @@ def test_the_report_of_a_stage(tmp_path: Path) -> None:
     text = (folder / "report.html").read_text("utf-8")
     page = Page(text)
     assert page.open == []
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)  # nothing from elsewhere
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)  # nothing from elsewhere
     assert len(page.addresses) == 2 * len(Stage.read(folder).panels())  # light and dark
     assert "Loss over optimizer steps: training 6 to 2.5; held out 6.1 to 3.1" in page.alts
     assert "url(" not in text and "<script" not in text
@@ -167,6 +167,6 @@ def test_a_folder_without_a_log(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named_and_the_table_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"The training report needs the package 'matplotlib': install it with  pip install 'refrag\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r"A report needs the package 'matplotlib': install it with  pip install 'refrag\[train\]'"):
         write_report(write_stage(tmp_path))
     assert render_table(stage_table(read_log(tmp_path)))

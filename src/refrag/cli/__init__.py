@@ -17,7 +17,8 @@ from tyro.conf import FlagCreatePairsOff, subcommand
 
 from .. import __version__
 from ..errors import RefragError
-from .ask import Ask, Bench, Demo, Info
+from .ask import Ask, Demo, Info
+from .bench import Bench, Report
 from .evaluate import Eval
 from .export import Export
 from .index import Index
@@ -40,6 +41,7 @@ Command = (
     | Annotated[Info, subcommand("info"), FlagCreatePairsOff]
     | Annotated[Bench, subcommand("bench"), FlagCreatePairsOff]
     | Annotated[Eval, subcommand("eval"), FlagCreatePairsOff]
+    | Annotated[Report, subcommand("report"), FlagCreatePairsOff]
 )
 
 

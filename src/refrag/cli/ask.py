@@ -1,6 +1,5 @@
-"""`refrag ask`, `demo`, `info` and `bench`."""
+"""`refrag ask`, `demo` and `info`."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 from .. import __version__
 from ..config import BUNDLED_MODEL, Budget, GenerationSettings, IndexSettings, check_whole
 from ..errors import InputError
-from ..evaluation.settings import LatencySettings
 from .options import AsJson, Device, EngineOptions, Messages, ModelOptions, Reading, check_paths, show
 
 
@@ -172,22 +170,4 @@ class Info:
             "expand_fraction": config.expand_fraction,
         }
         show(values, as_json=self.as_json)
-        return 0
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure time to first token against the bare decoder's prefill on as many slots."""
-
-    what: Positional[Literal["latency"]]
-    """What to measure."""
-    settings: LatencySettings
-    messages: Messages
-
-    def run(self) -> int:
-        """Everything happens in refrag.evaluation.latency."""
-        self.messages.console()
-        from ..evaluation import latency
-
-        print(json.dumps(latency.run(self.settings), indent=1))
         return 0

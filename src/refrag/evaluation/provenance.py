@@ -42,21 +42,21 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for what JSON has no number for: an interval that too few rounds leave open."""
     if isinstance(value, Mapping):
-        return {key: _finite(own) for key, own in value.items()}
+        return {key: finite(own) for key, own in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
+        return [finite(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_result(path: Path, *, kind: str) -> dict[str, Any]:
-    """A results file of one kind.
+def read_result(path: Path, *, kind: str | None = None) -> dict[str, Any]:
+    """A results file of one kind, or of any.
 
     Raises InputError when the file is not a result of this kind and schema version.
     """
@@ -64,16 +64,20 @@ def read_result(path: Path, *, kind: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"A result must be a JSON file, {path} could not be read as one: {error}") from error
-    found = (content.get("schema"), content.get("kind")) if isinstance(content, dict) else (None, None)
-    if found != (SCHEMA_VERSION, kind):
-        raise InputError(
-            f"{path} must hold a {kind!r} result of schema {SCHEMA_VERSION}, holds {found[1]!r} of schema {found[0]!r}: measure it again with this version."
-        )
+    schema, own = (content.get("schema"), content.get("kind")) if isinstance(content, dict) else (None, None)
+    if schema != SCHEMA_VERSION or not isinstance(own, str) or own != (kind or own):
+        wanted = f"a {kind!r} result" if kind else "a result"
+        raise InputError(f"{path} must hold {wanted} of schema {SCHEMA_VERSION}, holds {own!r} of schema {schema!r}: measure it again with this version.")
     return content
 
 
 def peak_rss_bytes() -> int | None:
     """Largest resident memory of this process so far; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would give a child the peak of the process that started it
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024
     try:
         import resource
     except ImportError:

@@ -1,12 +1,14 @@
-"""Charts of a training, drawn by matplotlib, which is imported when one is drawn."""
+"""Charts of trainings and measurements, drawn by matplotlib, which is imported when one is drawn."""
 
 import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import missing_extra
+
+Line = Literal["solid", "dashed", "dotted"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,11 @@ class Series:
     """One curve: a label, and values at steps."""
 
     label: str
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
+    steps: tuple[int | float, ...]
+    values: tuple[int | float, ...]
+    line: Line = "solid"
+    colour: int | None = None
+    """Which of the plain colours; None: that of its place among the curves."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,10 @@ class Panel:
     unit: str
     series: tuple[Series, ...]
     ordered: bool = False
+    over: str = "optimizer steps"
+    """What the curves run over."""
+    log: Literal["", "x", "xy"] = ""
+    """Axes on which equal steps multiply; x by two, as context lengths do."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def _new_figure(width: float, height: float, **options: Any) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise missing_extra("matplotlib", "train", "The training report") from error
+        raise missing_extra("matplotlib", "train", "A report") from error
     figure = Figure(figsize=(width, height), layout="constrained", **options)
     FigureCanvasAgg(figure)
     return figure
@@ -60,8 +69,9 @@ def _new_figure(width: float, height: float, **options: Any) -> Any:
 def colours(panel: Panel, theme: str) -> list[str]:
     """One for each curve: a few plain ones, or shades."""
     count = len(panel.series)
-    if not panel.ordered and count <= len(THEMES[theme].colours):
-        return list(THEMES[theme].colours[:count])
+    plain = THEMES[theme].colours
+    if not panel.ordered and max((own.colour or 0 for own in panel.series), default=0) < len(plain) >= sum(own.colour is None for own in panel.series):
+        return [plain[place if own.colour is None else own.colour] for place, own in enumerate(panel.series)]
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -72,22 +82,45 @@ def colours(panel: Panel, theme: str) -> list[str]:
 def _draw(axes: Any, panel: Panel, theme: str) -> None:
     look = THEMES[theme]
     for series, colour in zip(panel.series, colours(panel, theme), strict=True):
-        marker = "o" if len(series.steps) <= 25 else None
-        axes.plot(series.steps, series.values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=series.label)
+        marker = "o" if len(series.steps) <= 25 and series.line == "solid" else None
+        style = {"solid": "-", "dashed": "--", "dotted": ":"}[series.line]
+        axes.plot(series.steps, series.values, style, color=colour, linewidth=1.8, marker=marker, markersize=4 if len(series.steps) > 1 else 8, label=series.label)
     axes.set_facecolor("none")
     axes.grid(axis="y", color=look.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=look.ink, labelsize=9, length=0)
-    axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.margins(x=0.06 if any(len(series.steps) == 1 for series in panel.series) else 0.02)
+    if not panel.log and all(float(step).is_integer() for series in panel.series for step in series.steps):
+        axes.xaxis.set_major_locator(_whole_numbers())
+    if panel.over != Panel.over:
+        axes.set_xlabel(panel.over, fontsize=9, color=look.ink)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(look.grid)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: short_number(value))
-    if panel.unit == "share":
+    if panel.log:
+        _multiply(axes, panel)
+    elif panel.unit == "share":
         axes.set_ylim(0, 1.02)
     elif all(value >= 0 for series in panel.series for value in series.values):
+        axes.set_ylim(bottom=0)
+
+
+def _multiply(axes: Any, panel: Panel) -> None:
+    """Logarithmic axes: over context lengths a tick at each power of two, 1024 as 1k; up the values, if asked for, 1, 2, 5, 10 …"""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log", base=2)
+    steps = sorted({step for series in panel.series for step in series.steps})
+    axes.set_xticks(steps[:: 1 + len(steps) // 9], [f"{step / 1024:g}k" if step >= 1024 else f"{step:g}" for step in steps[:: 1 + len(steps) // 9]])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if panel.log == "xy":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    else:
         axes.set_ylim(bottom=0)
 
 
@@ -97,7 +130,7 @@ def _whole_numbers() -> Any:
     return MaxNLocator(6, integer=True)
 
 
-def short_number(value: float) -> str:
+def short_number(value: int | float) -> str:
     """1500 as 1.5k, 0.00002 as 2e-5."""
     if 0 < abs(value) < 1e-3:
         digits, power = f"{value:.2e}".split("e")
@@ -108,9 +141,9 @@ def short_number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _png(figure: Any, **options: Any) -> bytes:
+def _drawn(figure: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", **options)
+    figure.savefig(buffer, **options)
     return buffer.getvalue()
 
 
@@ -127,12 +160,13 @@ def draw_curves(rows: Sequence[tuple[str, Sequence[Panel]]]) -> bytes:
             axes.set_title(f"{title}, {panel.unit}".removesuffix(", "), fontsize=10, loc="left", color="#0b0b0b")
             if len(panel.series) > 1:
                 axes.legend(fontsize=7, frameon=False, ncols=1 + len(panel.series) // 5)
-    return _png(figure)
+    return _drawn(figure, format="png")
 
 
 def draw_inline(panel: Panel, theme: str) -> str:
-    """The chart alone, for a light or dark ground, as the address of a picture. Raises MissingExtraError without matplotlib."""
-    figure = _new_figure(4.7, 2.7, dpi=150)
+    """The chart alone, for a light or dark ground, as the address of a vector drawing. Raises MissingExtraError without matplotlib."""
+    figure = _new_figure(4.7, 2.7)
     figure.patch.set_alpha(0)
     _draw(figure.add_subplot(), panel, theme)
-    return "data:image/png;base64," + base64.b64encode(_png(figure, transparent=True)).decode()
+    drawn = _drawn(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn).decode()

@@ -3,11 +3,8 @@
 Reads what a stage leaves in its folder: log.jsonl (one JSON object an entry: step, loss, …), result.json and settings.json.
 """
 
-import html
 import json
 import logging
-import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NotFoundError
-from .curves import Panel, Series, colours, draw_curves, draw_inline, short_number
+from .curves import Panel, Series, draw_curves
+from .html_page import figure, is_number, number, page, shown, text, title_of, write_whole
 from .settings import STAGE_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -157,21 +155,12 @@ def _panels(log: Sequence[Entry]) -> list[Panel]:
         Panel("Peak memory", "GiB", series([("peak_memory_bytes", "peak memory")], 2.0**-30)),
     ]
     others = [key for key in dict.fromkeys(key for entry in log for key in entry) if key not in drawn | NOT_CURVES and not key.endswith("/loss")]
-    return panels + [Panel(_title(key), "", series([(key, _title(key))])) for key in others] + last
+    return panels + [Panel(title_of(key), "", series([(key, title_of(key))])) for key in others] + last
 
 
 def _series(log: Sequence[Entry], key: str, label: str, scale: float) -> Series:
-    points = [(entry["step"], scale * entry[key]) for entry in log if _is_number(entry.get(key))]
+    points = [(entry["step"], scale * entry[key]) for entry in log if is_number(entry.get(key))]
     return Series(label, tuple(step for step, _ in points), tuple(value for _, value in points))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _title(key: str) -> str:
-    words = key.replace("_", " ").replace("/", ": ")
-    return words[:1].upper() + words[1:]
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -184,8 +173,8 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     stages = [Stage.read(path) for path in _stage_folders(folder)]
-    _write(folder / "curves.png", draw_curves(_rows(stages)))
-    _write(folder / "report.html", render_page(folder.absolute().name, stages).encode())
+    write_whole(folder / "curves.png", draw_curves(_rows(stages)))
+    write_whole(folder / "report.html", render_page(folder.absolute().name, stages).encode())
     return folder / "report.html"
 
 
@@ -210,28 +199,19 @@ def _in_order(folder: Path) -> tuple[int, int, str]:
     return order.index(folder.name) if folder.name in order else len(order), int(number[0]) if number else 0, folder.name
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def render_page(title: str, stages: Sequence[Stage]) -> str:
     """The whole page, pictures inside: no script, no network, light and dark as the reader's system is."""
-    links = "".join(f'<a href="#stage-{place}">{_text(stage.name)}</a>' for place, stage in enumerate(stages))
     body = "".join(_section(place, stage) for place, stage in enumerate(stages))
-    head = f"<header><h1>Training report</h1><p>{_text(title)}</p>{f'<nav>{links}</nav>' if len(stages) > 1 else ''}</header>"
-    start = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}: training report</title>'
-    return f'{start}<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n<body>{head}<main>{body}</main></body></html>\n'
+    links = [(f"stage-{place}", stage.name) for place, stage in enumerate(stages)]
+    return page(f"{title}: training report", body, heading="Training report", under=title, links=links if len(stages) > 1 else ())
 
 
 def _section(place: int, stage: Stage) -> str:
     state = {True: "finished", False: "stopped", None: "not finished"}[stage.result.get("finished")]
-    charts = "".join(_figure(panel) for panel in stage.panels())
-    settings = "".join(f"<tr><th>{_text(name)}</th><td>{_text(_shown(value))}</td></tr>" for name, value in stage.settings.items())
+    charts = "".join(figure(panel) for panel in stage.panels())
+    settings = "".join(f"<tr><th>{text(name)}</th><td>{text(shown(value))}</td></tr>" for name, value in stage.settings.items())
     return (
-        f'<section id="stage-{place}"><h2>{_text(stage.name)} <small>{state}</small></h2>{_facts(stage)}{_table(stage.log)}<div class="charts">{charts}</div>'
+        f'<section id="stage-{place}"><h2>{text(stage.name)} <small>{state}</small></h2>{_facts(stage)}{_table(stage.log)}<div class="charts">{charts}</div>'
         + (f'<details><summary>Settings</summary><table class="settings">{settings}</table></details>' if settings else "")
         + "</section>\n"
     )
@@ -240,23 +220,23 @@ def _section(place: int, stage: Stage) -> str:
 def _facts(stage: Stage) -> str:
     """A few numbers, and what became of the rows."""
     log, result = stage.log, stage.result
-    losses, speeds, memory = ([entry[key] for entry in log if _is_number(entry.get(key))] for key in ("loss", "tokens_per_s", "peak_memory_bytes"))
+    losses, speeds, memory = ([entry[key] for entry in log if is_number(entry.get(key))] for key in ("loss", "tokens_per_s", "peak_memory_bytes"))
     facts = {
         "steps": f"{result.get('steps', log[-1]['step'] if log else 0):,}",
         "time": _duration(result.get("seconds")),
         "training loss": f"{losses[0]:.4g} → {losses[-1]:.4g}" if losses else "",
-        "held-out loss": _number(result.get("eval_loss")),
-        "best step": _shown(result.get("best_step", "")),
-        "tokens predicted": _number(result.get("eval_token_accuracy")),
-        "rows in full": _number(result.get("eval_exact_match")),
+        "held-out loss": number(result.get("eval_loss")),
+        "best step": shown(result.get("best_step", "")),
+        "tokens predicted": number(result.get("eval_token_accuracy")),
+        "rows in full": number(result.get("eval_exact_match")),
         "tokens a second": f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "",
         "peak memory": f"{max(memory) / 2**30:.2f} GiB" if memory else "",
     }
-    facts |= {_title(name): _number(value) for name, value in result.items() if name.startswith("eval_") and name not in (*NOT_CURVES, *SHOWN)}
-    tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items() if value)
+    facts |= {title_of(name): number(value) for name, value in result.items() if name.startswith("eval_") and name not in (*NOT_CURVES, *SHOWN)}
+    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items() if value)
     counts = result.get("counts")
-    said = " · ".join(f"{name.replace('_', ' ')} {_shown(value)}" for name, value in counts.items()) if isinstance(counts, dict) else ""
-    return f"<dl>{tiles}</dl>" + (f"<p>Data: {_text(said)}</p>" if said else "")
+    said = " · ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in counts.items()) if isinstance(counts, dict) else ""
+    return f"<dl>{tiles}</dl>" + (f"<p>Data: {text(said)}</p>" if said else "")
 
 
 def _table(log: Sequence[Entry]) -> str:
@@ -267,64 +247,13 @@ def _table(log: Sequence[Entry]) -> str:
 
 def _table_of(kind: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = "".join(
-        f"<tr><th>{_text(row['short'])}</th><td>{row['first']:.4f}</td><td>{row['last']:.4f}</td><td>{row['first_step']}–{row['last_step']}</td></tr>" for row in rows
+        f"<tr><th>{text(row['short'])}</th><td>{row['first']:.4f}</td><td>{row['last']:.4f}</td><td>{row['first_step']}–{row['last_step']}</td></tr>" for row in rows
     )
-    return f"<table><thead><tr><th>{_text(kind)}</th><th>first loss</th><th>last loss</th><th>steps</th></tr></thead><tbody>{lines}</tbody></table>"
-
-
-def _figure(panel: Panel) -> str:
-    shades = zip(panel.series, colours(panel, "light"), colours(panel, "dark"), strict=True)
-    chips = "".join(f'<li><i style="--light:{light};--dark:{dark}"></i>{_text(series.label)}</li>' for series, light, dark in shades)
-    last = "; ".join(f"{series.label} {short_number(series.values[0])} to {short_number(series.values[-1])}" for series in panel.series)
-    picture = (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{draw_inline(panel, "dark")}">'
-        f'<img src="{draw_inline(panel, "light")}" alt="{_text(f"{panel.title} over optimizer steps: {last}")}"></picture>'
-    )
-    unit = f" <small>{_text(panel.unit)}</small>" if panel.unit else ""
-    return f"<figure><figcaption>{_text(panel.title)}{unit}</figcaption>{picture}{f'<ul>{chips}</ul>' if len(panel.series) > 1 else ''}</figure>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if _is_number(value) else ""
+    return f"<table><thead><tr><th>{text(kind)}</th><th>first loss</th><th>last loss</th><th>steps</th></tr></thead><tbody>{lines}</tbody></table>"
 
 
 def _duration(seconds: Any) -> str:
-    if not _is_number(seconds):
+    if not is_number(seconds):
         return ""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
-
-
-STYLE = """
-:root { color-scheme: light dark; --ground: #f9f9f7; --card: #fff; --ink: #0b0b0b; --soft: #5b5a56; --line: #e1e0d9; --link: #1f66bd }
-@media (prefers-color-scheme: dark) { :root { --ground: #0d0d0d; --card: #1a1a19; --ink: #f4f3ef; --soft: #b5b3ab; --line: #33322f; --link: #7fb2f2 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1240px; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { margin: 0; font-size: 26px } h2 { margin: 40px 0 12px; font-size: 20px } small { color: var(--soft); font-size: 13px; font-weight: 400 }
-header p { margin: 2px 0 0; color: var(--soft) } nav { display: flex; flex-wrap: wrap; gap: 6px 16px; margin-top: 10px }
-a { color: var(--link) } p { color: var(--soft); overflow-wrap: anywhere }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(122px, 1fr)); gap: 10px; margin: 0 0 12px }
-dl div, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px }
-dt { color: var(--soft); font-size: 13px } dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums }
-.tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 12px 48px; margin: 8px 0 16px; overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: 4px 0 4px 16px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; font-weight: 400 }
-th:first-child { text-align: left; padding-left: 0 } thead th { color: var(--soft); font-size: 13px }
-.settings { margin-top: 8px } .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 12px }
-figure { margin: 0 } figcaption { font-weight: 600; margin-bottom: 6px } img { display: block; width: 100%; height: auto }
-ul { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 6px 0 0; padding: 0; list-style: none; font-size: 13px; color: var(--soft) }
-i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 6px; vertical-align: middle; background: var(--light) }
-@media (prefers-color-scheme: dark) { i { background: var(--dark) } }
-details { margin-top: 14px } summary { cursor: pointer; color: var(--link) }
-"""
