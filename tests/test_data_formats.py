@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refrag.data.formats import question_rows
 from refrag.data.rows import answer_spans, question_of
@@ -108,3 +110,21 @@ def test_an_article_file_of_squad_holds_many_rows():
 
 def test_answers_stand_as_words_of_their_own():
     assert answer_spans("Oslo, in oslo; Oslofjord 1900", ["Oslo", "19", ""]) == [(0, 4), (9, 13)]
+
+
+FIELDS = sorted({key for row in (SQUAD, HOTPOT, MUSIQUE, TRIVIA, POPQA, DPR, FID, KILT, NQ) for key in row} | {"title", "text", "value", "unanswerable", "Answer"})
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.sampled_from(['["a"]', "[2]", "Oslo"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*FIELDS, "start_token", "end_token"]), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6))
+def test_any_row_is_a_question_or_is_refused_in_one_sentence(row):
+    for own in question_rows(row):
+        try:
+            assert question_of(own, PLACE, bare=True).answers
+        except InputError as error:
+            assert str(error).startswith(PLACE)

@@ -1,6 +1,11 @@
 """refrag eval qa: the bundled model on the almanac, cut prompts, fronts and comparisons by hand, what fails and what is refused."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +52,8 @@ def question(**changes):
 def content(engine, questions, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qa")
     systems = ("no-passages", "plain-top1", "truncated", "none", "similarity", "learned", "truncated@0.1")
-    found = qa.run(engine, questions, settings(systems=systems, out=folder / "r.json", answers_out=folder / "answers.jsonl"))
+    files = {"out": folder / "r.json", "answers_out": folder / "answers.jsonl", "prompts_out": folder / "prompts.jsonl"}
+    found = qa.run(engine, questions, settings(systems=systems, **files))
     return found | {"folder": folder}
 
 
@@ -92,6 +98,22 @@ def test_the_result_is_written_whole_with_examples_and_every_answer(content):
     assert len(rows) == 20 * 8 and rows[0].keys() == {"id", "question", "answers", "system", "text", "scores", "citations"}
     means = sum(row["scores"]["f1"] for row in rows if row["system"] == "none") / 20
     assert means == pytest.approx(saved["systems"]["none"]["metrics"]["f1"]["mean"])
+
+
+def test_prompts_for_peers_are_plain_rags_tokens(content, engine, questions):
+    rows = [json.loads(line) for line in (content["folder"] / "prompts.jsonl").read_text().splitlines()]
+    prompt = engine.builder.build(questions[0].question, questions[0].passages)
+    assert rows[0]["context_ids"] + rows[0]["question_ids"] == prompt.token_ids()
+    assert tuple(rows[0]["context_ids"][-len(prompt.chunks[-1].token_ids) :]) == prompt.chunks[-1].token_ids and len(rows) == 20
+
+
+def test_a_peer_that_is_not_installed_is_one_sentence(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "peers" / "kvpress_qa.py"
+    if importlib.util.find_spec("kvpress") or not script.exists():
+        pytest.skip("kvpress is here, or the repository is not")
+    command = [sys.executable, str(script), "--prompts", "p.jsonl", "--decoder", "d", "--out", str(tmp_path / "r.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(qa.__file__).parents[2])})
+    assert ended.returncode == 2 and ended.stderr.startswith("kvpress is not installed in this Python: ") and len(ended.stderr.splitlines()) == 1
 
 
 # ── fronts and comparisons ──
@@ -224,7 +246,7 @@ def test_out_of_memory_marks_the_system_and_the_others_go_on(make_model, tmp_pat
     model = make_model()
 
     def refuse(module, args, kwargs):
-        if _width(kwargs) > 60:
+        if _width(kwargs) > 100:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model.decoder.register_forward_pre_hook(refuse, with_kwargs=True)

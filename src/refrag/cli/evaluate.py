@@ -30,7 +30,7 @@ class EvalQa:
     def run(self) -> int:
         """Everything happens in refrag.evaluation.qa."""
         console = self.messages.console()
-        _check_out(self.settings.out, self.settings.answers_out)
+        _check_out(self.settings.out, self.settings.answers_out, self.settings.prompts_out)
         if self.settings.rouge:
             from ..evaluation.metrics import rouge
 

@@ -8,7 +8,7 @@ A system that fails (out of memory, a prompt too long for the decoder) is marked
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from ..engine import Answer, Refrag, Request
 from ..errors import BackendError, InputError
+from ..text import Chunk
 from .metrics import ANSWER_METRICS, precision_recall, rouge, score_answer, scored_text
 from .provenance import result, write_result
 from .questions import Asked, draw_passages, evidence
@@ -55,6 +56,8 @@ def run(engine: Refrag, questions: Sequence[Any], settings: QaSettings, *, count
     systems = resolve_systems(settings, has_trained_policy=engine.model.has_trained_policy)
     asked = draw_passages(questions, settings, engine.index, progress=progress)
     values = {"complete": False, "data": describe_data(asked) | (counts or {}), **describe(engine), "systems": {}}
+    if settings.prompts_out is not None:
+        write_rows(settings.prompts_out, (prompt_row(one, engine) for one in asked))
     outcomes: list[Outcome] = []
     for system in systems:
         requests = [request_of(system, one, engine, settings, seed=settings.seed + number) for number, one in enumerate(asked)]
@@ -66,7 +69,7 @@ def run(engine: Refrag, questions: Sequence[Any], settings: QaSettings, *, count
     for outcome in outcomes:
         values["systems"][outcome.system.name]["ttft_s"] = _times(outcome.ttft_s)
     if settings.answers_out is not None:
-        write_answers(settings.answers_out, asked, outcomes)
+        write_rows(settings.answers_out, answer_rows(asked, outcomes))
     values |= {"points": points(values["systems"]), "comparisons": comparisons(outcomes, values["systems"], settings.seed)}
     return _written(values | {"complete": True, "examples": examples(asked, outcomes, settings.num_examples)}, settings)
 
@@ -324,14 +327,25 @@ def _example(outcome: Outcome, number: int) -> dict[str, Any]:
     return {"text": answer.text, "citations": list(answer.citations), "scores": outcome.scores[number], "usage": answer.usage, "trace": trace}
 
 
-def write_answers(path: Path, asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> None:
-    """JSON lines: a line a question and system, `{id, question, answers, system, text, scores, citations, problem}`."""
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _answer_rows(asked, outcomes))
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _answer_rows(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+def prompt_row(asked: Asked, engine: Refrag) -> dict[str, Any]:
+    """Plain RAG's prompt in token ids, for peers that run elsewhere: what ends with the last passage, and the rest."""
+    question = asked.question
+    prompt = engine.builder.build(question.question, asked.passages, system=question.system, history=question.history)
+    last = max((place for place, piece in enumerate(prompt.pieces, 1) if isinstance(piece, Chunk)), default=0)
+    context, rest = ([token for piece in part for token in (piece.token_ids if isinstance(piece, Chunk) else piece)] for part in (prompt.pieces[:last], prompt.pieces[last:]))
+    given = {"id": question.id, "question": question.question, "answers": list(question.answers), "answerable": question.answerable}
+    return given | {"context_ids": context, "question_ids": rest}
+
+
+def answer_rows(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """A row a question and system."""
     for number, one in enumerate(asked):
         for outcome in outcomes:
             answer = outcome.answers[number]

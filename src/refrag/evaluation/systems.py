@@ -1,5 +1,6 @@
 """What each system asks of the engine: same decoder, same questions, same passages."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,10 +57,7 @@ def truncate(builder: PromptBuilder, request: Request, *, expand_fraction: float
 
 
 def _cut(passage: Passage, num_tokens: int, builder: PromptBuilder) -> list[Passage]:
-    """The passage with at most so many tokens of text; nothing where there is no room for one."""
-    ends = [end for _, end in PromptBuilder(builder.tokenizer, chunk_size=1).chunk(passage.text).spans]
-    for count in range(min(num_tokens, len(ends)), 0, -1):
-        text = passage.text[: ends[count - 1]]
-        if len(builder.encode(text)) <= num_tokens:  # a text cut within a word may take a token more
-            return [replace(passage, text=text)] if text.strip() else []
-    return []
+    """The passage with as many whole words as fit into so many tokens; nothing where there is no room for one."""
+    ends = [word.end() for word in re.finditer(r"\S+", passage.text)]
+    count = bisect_right(ends, num_tokens, key=lambda end: len(builder.encode(passage.text[:end])))
+    return [replace(passage, text=passage.text[: ends[count - 1]])] if count else []

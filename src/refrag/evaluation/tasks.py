@@ -51,7 +51,7 @@ class QuestionSettings:
 
     def portable(self) -> dict[str, Any]:
         """The settings for a results file: without this machine's folders."""
-        values = {name: value for name, value in asdict(self).items() if name not in ("out", "answers_out", "index")}
+        values = {name: value for name, value in asdict(self).items() if name not in ("out", "answers_out", "prompts_out", "index")}
         return values | {"data": [portable_name(name) for name in self.data], "index": self.index is not None}
 
 
@@ -88,6 +88,8 @@ class QaSettings(QuestionSettings):
     """Questions whose answers and traces are kept in the result."""
     answers_out: Path | None = None
     """JSON lines file for every answer of every system with its scores."""
+    prompts_out: Path | None = None
+    """JSON lines file for the prompts of plain RAG in token ids: what benchmarks/peers reads."""
 
     def __post_init__(self) -> None:
         """Raises InputError for values out of range."""
