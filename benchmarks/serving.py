@@ -297,6 +297,7 @@ async def long_load(url: str, pid: int, made: Sequence[Ask], arguments: Argument
         watcher = asyncio.create_task(watch())
         wall = await closed_loop(arguments.clients, arguments.seconds, lambda number: mixed(client, made, rngs[number], tally))
         watcher.cancel()
+        await asyncio.sleep(1)  # what was just left is cleared away
         metrics = (await client.get("/metrics")).text
     warm = memory[int(len(memory) * arguments.warm_up) :]
     half = len(warm) // 2
@@ -378,12 +379,18 @@ def main(arguments: Arguments) -> dict[str, Any]:
         engine = Refrag(model, index=index)
         made = asks(engine, questions)
         with server(path, "--max-waiting", str(2 * arguments.clients), "--log-level", "warning") as (process, url):
-            values: dict[str, Any] = {"equal": equality(url, engine, path, questions)}
-            values["throughput"] = asyncio.run(throughput(url, made, arguments))
-            values["throughput_long_answers"] = asyncio.run(throughput(url, long_asks(questions), arguments))
-            values["overhead"] = asyncio.run(overhead(url, engine, questions))
-            values["load"] = asyncio.run(long_load(url, process.pid, made, arguments))
-            values["sigterm"] = asyncio.run(stopped(url, process, made, arguments))
+            stages: dict[str, Callable[[], Any]] = {
+                "equal": lambda: equality(url, engine, path, questions),
+                "throughput": lambda: asyncio.run(throughput(url, made, arguments)),
+                "throughput_long_answers": lambda: asyncio.run(throughput(url, long_asks(questions), arguments)),
+                "overhead": lambda: asyncio.run(overhead(url, engine, questions)),
+                "load": lambda: asyncio.run(long_load(url, process.pid, made, arguments)),
+                "sigterm": lambda: asyncio.run(stopped(url, process, made, arguments)),
+            }
+            values = {}
+            for name, measure in stages.items():
+                values[name] = measure()
+                print(f"{name}: {json.dumps(values[name])}", file=sys.stderr, flush=True)
     return result("serving", settings={key: value for key, value in asdict(arguments).items() if key != "out"}, values=values, seed=arguments.seed)
 
 

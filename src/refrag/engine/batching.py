@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -179,13 +179,13 @@ def _append(cache: Any, other: Any) -> None:
 
 
 class InProcessBackend:
-    """A `Backend` over the engine's own decoder. All its methods belong to one event loop; the forwards run in `compute`."""
+    """A `Backend` over the engine's own decoder. All its methods belong to one event loop; the forwards run in one thread of its own."""
 
     name = "in-process"
 
-    def __init__(self, engine: Any, *, max_rows: int = 8, max_slots: int = 65_536, compute: Executor | None = None) -> None:
+    def __init__(self, engine: Any, *, max_rows: int = 8, max_slots: int = 65_536) -> None:
         """`engine`: a Refrag; `max_rows` prompts are decoded at the same time, and together they reserve at most `max_slots` slots of
-        cache (rows x the longest; one prompt alone may take more). `compute`: where forwards run, one thread; default: an own one.
+        cache (rows x the longest; one prompt alone may take more).
         """
         self.device = engine.device
         self.batch = RowBatch(engine.model.decoder, engine.end_ids)
@@ -193,8 +193,7 @@ class InProcessBackend:
         self.max_slots = max_slots
         if self.max_rows < max_rows:
             log.warning("Rows of this decoder cannot share a cache: it decodes one prompt at a time.")
-        self._own = ThreadPoolExecutor(1, "refrag-decoder") if compute is None else None
-        self._compute = compute or self._own
+        self._worker = ThreadPoolExecutor(1, "refrag-decoder")
         self._waiting: deque[Row] = deque()
         self._loop: asyncio.Task[None] | None = None
         self._closed = False
@@ -225,8 +224,7 @@ class InProcessBackend:
         self._closed = True
         if self._loop is not None:
             await self._loop
-        if self._own is not None:
-            self._own.shutdown()
+        self._worker.shutdown()
 
     async def _run(self) -> None:
         """Joins and steps in turn until nobody is left."""
@@ -262,7 +260,7 @@ class InProcessBackend:
                 return work()
 
         try:
-            for row in await asyncio.get_running_loop().run_in_executor(self._compute, guarded):
+            for row in await asyncio.get_running_loop().run_in_executor(self._worker, guarded):
                 row.tokens.put_nowait(row.token_ids[-1])
                 if self.batch.is_over(row):
                     row.tokens.put_nowait(None)

@@ -192,6 +192,8 @@ class Routes:
         """Adds passages, and replaces those whose id is there. Returns how many were added, updated, unchanged."""
         self._check_writable()
         passages = [Passage(own.id, own.text, own.title, own.metadata) for own in body.passages]
+        if len({passage.id for passage in passages}) < len(passages):
+            raise RefusedError(400, "Every passage needs an id of its own, two have the same: send each once.", code="invalid_value", param="passages")
         return JSONResponse(await self.service.change(lambda index: index.add(passages)))
 
     async def delete(self, body: DeleteRequest) -> Response:

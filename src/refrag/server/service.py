@@ -43,11 +43,10 @@ class Service:
     """The engine, shared by the requests of one event loop."""
 
     def __init__(self, engine: Refrag, settings: ServerSettings, *, metrics: Metrics, backend: Backend | None = None) -> None:
-        """`backend`: whoever decodes; None: this process. Preparing and decoding here share one worker thread: they take turns."""
+        """`backend`: whoever decodes; None: this process. The next requests are prepared in one thread while others are decoded."""
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self._worker = ThreadPoolExecutor(1, "refrag-worker")
-        limits = {"max_rows": settings.max_running, "max_slots": settings.max_batch_slots}
-        self.backend: Backend = backend or InProcessBackend(engine, compute=self._worker, **limits)
+        self.backend: Backend = backend or InProcessBackend(engine, max_rows=settings.max_running, max_slots=settings.max_batch_slots)
         self.running = self.waiting = 0
         self.stopping = False
         """No new requests: those that were accepted are finished."""
@@ -93,6 +92,7 @@ class Service:
         task = asyncio.create_task(work)
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio logs what nobody was left to read
         return task
 
     def _result(self, task: asyncio.Task[T]) -> T:
@@ -188,7 +188,7 @@ class Service:
         return stamps
 
     async def compute(self, work: Callable[[], T]) -> T:
-        """Runs `work` in the one thread that computes."""
+        """Runs `work` in the one thread that prepares and searches."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
 
     # ── the index ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -39,10 +39,7 @@ class Tracer:
     """Makes spans with an OpenTelemetry tracer provider; without one it makes none."""
 
     def __init__(self, provider: Any = None) -> None:
-        """Raises MissingExtraError where a provider is given but the API is not installed."""
-        self._tracer = None
-        if provider is not None:
-            self._tracer = provider.get_tracer("refrag", __version__)
+        self._tracer = None if provider is None else provider.get_tracer("refrag", __version__)
 
     @contextmanager
     def span(self, operation: str, *, model: str, request: Request, headers: Mapping[str, str]) -> Generator[Span]:

@@ -1,0 +1,146 @@
+"""What the server refuses: bad requests of every kind, each by one sentence in OpenAI's shape, and what keys, hosts and limits forbid."""
+
+import httpx2
+import openai
+import pytest
+from serving import Served, serving
+from test_server import ASK, CHAT, HARBOUR, LAMP, QUESTION, SETTINGS
+
+from refrag import PassageIndex, Refrag
+from refrag.server import ServerSettings
+from refrag.server.http import over_http
+
+ANSWER = "/v1/answer"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model, tmp_path_factory) -> Refrag:
+    index = PassageIndex.create(tmp_path_factory.mktemp("refusing") / "index", tiny_model)
+    index.add([HARBOUR, LAMP])
+    return Refrag(tiny_model, index=index)
+
+
+@pytest.fixture(scope="module")
+def served(engine: Refrag):
+    with serving(engine, SETTINGS) as served:
+        yield served
+
+
+BAD: list[tuple[str, object, int, str]] = [
+    (CHAT, b"", 400, "body"),
+    (CHAT, b"{", 400, "JSON decode error"),
+    (CHAT, b"[" * 100_000, 400, ""),
+    (CHAT, b"\xff\xfe", 400, ""),
+    (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "valid Unicode"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "documents": ["\\ud800"]}', 400, "valid Unicode"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}', 400, "unicode"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "finite"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', 400, "finite"),
+    (CHAT, [], 400, "dictionary"),
+    (CHAT, {}, 400, "messages: Field required"),
+    (CHAT, {"messages": []}, 400, "at least 1"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "role"),
+    (CHAT, {"messages": [{"role": "user", "content": "   "}]}, 400, "must hold some text"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, 400, "last message must be by the user"),
+    (CHAT, {"messages": [{"role": "system", "content": "a"}]}, 400, "last message must be by the user"),
+    (CHAT, {"messages": [*ASK["messages"], {"role": "system", "content": "a"}, *ASK["messages"]]}, 400, "must come before all others"),
+    (CHAT, {"messages": [{"role": "system", "content": "a", "documents": ["b"]}, *ASK["messages"]]}, 400, "cannot bring documents"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "documents": []}], "documents": []}, 400, "given twice"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "content"),
+    (CHAT, ASK | {"max_completion_tokens": 3}, 400, "not both"),
+    (CHAT, ASK | {"n": 2}, 400, "n: Input should be 1"),
+    (CHAT, ASK | {"tools": []}, 400, "tools: Extra inputs"),
+    (CHAT, ASK | {"logprobs": True}, 400, "logprobs"),
+    (CHAT, ASK | {"temperature": "1"}, 400, "temperature"),
+    (CHAT, ASK | {"temperature": -1}, 400, "temperature"),
+    (CHAT, ASK | {"top_p": 0}, 400, "top_p"),
+    (CHAT, ASK | {"seed": 2**63}, 400, "seed"),
+    (CHAT, ASK | {"stop": ""}, 400, "stop"),
+    (CHAT, ASK | {"max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, ASK | {"max_tokens": 5000}, 400, "max_tokens may be at most 1024 here, was 5000."),
+    (CHAT, ASK | {"max_tokens": 600}, 400, "lower top_k or lower max_tokens"),
+    (CHAT, ASK | {"top_k": 0}, 400, "top_k"),
+    (CHAT, ASK | {"top_k": 1000}, 400, "at most 128 passages"),
+    (CHAT, ASK | {"documents": ["a"] * 129}, 400, "at most 128 passages"),
+    (CHAT, ASK | {"documents": [{"title": "no text"}]}, 400, "must have a text, or the id"),
+    (CHAT, ASK | {"documents": [{"id": "nobody"}]}, 400, "no passage with its id"),
+    (CHAT, ASK | {"documents": [{"text": "a", "colour": "red"}]}, 400, "Extra inputs"),
+    (CHAT, ASK | {"documents": "text"}, 400, "documents"),
+    (CHAT, ASK | {"policy": "best"}, 400, "policy"),
+    (CHAT, ASK | {"policy": "learned"}, 400, "no trained policy"),
+    (CHAT, ASK | {"policy": "all", "expand_chunks": 0, "documents": ["a"]}, 400, "expands all"),
+    (CHAT, ASK | {"expand_fraction": 0.5, "expand_chunks": 1}, 400, "keep one"),
+    (CHAT, ASK | {"expand_fraction": 1.5}, 400, "expand_fraction"),
+    (CHAT, ASK | {"max_slots": 1}, 400, "raise max_slots to"),
+    (CHAT, ASK | {"mode": "psychic"}, 400, "mode"),
+    (CHAT, ASK | {"where": "no such column = 1"}, 400, "cannot be used"),
+    (CHAT, ASK | {"documents": ["word " * 2000], "policy": "all"}, 400, "positions"),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 2000}], "documents": []}, 400, "positions"),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "window"),
+    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt"),
+    ("/v1/completions", {"prompt": "a", "echo": True}, 400, "echo"),
+    (ANSWER, {"question": QUESTION, "stream": True}, 400, "Extra inputs"),
+    (ANSWER, {"question": 7}, 400, "question"),
+    ("/v1/passages", {"passages": [{"text": "no id"}]}, 400, "id"),
+    ("/v1/passages", {"passages": [{"id": "", "text": "a"}]}, 400, "id"),
+    ("/v1/passages", {"passages": [{"id": "a", "text": "b"}, {"id": "a", "text": "c"}]}, 400, "two have the same"),
+    ("/v1/passages", {"passages": [{"id": "a", "text": ""}]}, 400, "text"),
+    ("/v1/passages", b'{"passages": [{"id": "a", "text": "b", "metadata": {"c": ["\\ud800"]}}]}', 400, "half a character"),
+    ("/v1/passages/search", {"question": " "}, 400, "was blank"),
+    ("/v1/passages/search", {"question": "a", "top_k": 129}, 400, "at most 128"),
+    ("/v1/passages/search", {"question": "a", "where": "1 +"}, 400, "cannot be used"),
+    ("/v1/nothing", {}, 404, "Not Found"),
+    ("/v1/models", {}, 405, "Method Not Allowed"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), BAD, ids=[f"{path.split('/')[-1]}-{number}" for number, (path, *_) in enumerate(BAD)])
+def test_every_bad_request_is_refused_in_one_sentence(served: Served, path: str, body: object, status: int, words: str) -> None:
+    response = served.post(path, body, headers={"Content-Type": "application/json"})
+    error = response.json()["error"]
+    assert response.status_code == status, error
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error" and error["code"]
+    assert words in error["message"]
+    assert "--" not in error["message"] or "--allow" in error["message"]
+
+
+def test_what_is_refused_is_refused_before_a_stream_begins(served: Served) -> None:
+    response = served.post(CHAT, ASK | {"stream": True, "max_tokens": 600})
+    assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_bodies_end_at_the_limit_with_and_without_a_length(engine: Refrag) -> None:
+    with serving(engine, ServerSettings(model_name="tiny", max_body_bytes=2000)) as served:
+        long = ASK | {"documents": ["x" * 3000]}
+        assert served.post(CHAT, long).status_code == 413
+        chunks = (b'{"messages": [' + b" " * 500 for _ in range(20))
+        refused = httpx2.post(served.url + CHAT, content=chunks, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 413 and refused.json()["error"]["code"] == "body_too_large"
+        assert served.post(CHAT, ASK | {"documents": []}).status_code == 200
+
+
+def test_plain_text_is_not_taken_for_json(served: Served) -> None:
+    """A web page elsewhere can send text/plain to this machine without asking; JSON it cannot."""
+    body = b'{"ids": ["velmoor"]}'
+    assert httpx2.request("DELETE", served.url + "/v1/passages", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
+    assert httpx2.request("DELETE", served.url + "/v1/passages", content=body).status_code == 400
+    assert served.get("/v1/passages/velmoor").status_code == 200
+
+
+def test_advice_names_fields_instead_of_options() -> None:
+    assert over_http("lower --top-k or lower --max-new-tokens, set --max-slots 3.") == "lower top_k or lower max_tokens, set max_slots 3."
+
+
+def test_the_key_and_the_host_are_checked(engine: Refrag) -> None:
+    settings = ServerSettings(model_name="tiny", allowed_hosts=("127.0.0.1", "localhost", "::1"))
+    with serving(engine, settings, api_key="secret") as served:
+        assert served.get("/v1/models").status_code == 401
+        for wrong in ("Bearer wrong", "secret", "Bearer", "Basic secret", "Bearer secrét"):
+            refused = served.get("/v1/models", headers={"Authorization": wrong.encode()})
+            assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+        assert served.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert served.get("/health").status_code == served.get("/metrics").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=served.url + "/v1", api_key="wrong", max_retries=0).models.list()
+        assert served.get("/health", headers={"Host": "evil.example:8000"}).status_code == 400
+        assert served.get("/health", headers={"Host": "[::1]:8000"}).status_code == 200
