@@ -12,7 +12,7 @@ from ..errors import missing_extra
 from .views import Reading, View, views
 
 MAX_TOP_K = 32
-OWN_POLICY = "the model's own"
+OWN_POLICY = "model's own"
 HINT = View(answer='<p class="rf-note">Ask a question: the answer, what it was read from and what it cost appear here.</p>')
 
 POLICY_OF_CONTENT = "; ".join(
@@ -120,16 +120,16 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
             gradio.Examples([[example] for example in examples], [question], label="For example", cache_examples=False)
         with gradio.Row():
             controls = [
-                gradio.Dropdown(policies, value=reading.policy or OWN_POLICY, label="Policy", info="who decides which chunks are expanded", elem_id="rf-policy"),
-                gradio.Slider(0, 1, value=fraction, step=0.01, label="Budget", info="share of the chunks that may be expanded", elem_id="rf-budget"),
-                gradio.Slider(1, most, value=min(reading.top_k, most), step=1, label="Passages", info="how many to retrieve (top-k)", elem_id="rf-top-k"),
-                gradio.Checkbox(value=True, label="Compare with plain RAG", elem_id="rf-compare"),
+                gradio.Dropdown(policies, value=reading.policy or OWN_POLICY, label="Policy", info="who decides which chunks are expanded", min_width=200, elem_id="rf-policy"),
+                gradio.Slider(0, 1, value=fraction, step=0.01, label="Budget", info="share of the chunks that may be expanded", min_width=200, elem_id="rf-budget"),
+                gradio.Slider(1, most, value=min(reading.top_k, most), step=1, label="Passages", info="how many to retrieve (top-k)", min_width=200, elem_id="rf-top-k"),
+                gradio.Checkbox(value=True, label="Compare with plain RAG", min_width=200, elem_id="rf-compare"),
             ]
         with gradio.Row():
             answers = [_column(gradio, "REFRAG", HINT.answer, "rf-ours"), _column(gradio, "Plain RAG", "", "rf-plain")]
         outputs = [*answers, gradio.HTML(elem_id="rf-figures"), gradio.HTML(elem_id="rf-passages")]
         policy, budget, top_k, compare = controls
-        triggers = [ask.click, question.submit, policy.input, budget.release, top_k.release, compare.input]
+        triggers = [ask.click, question.submit, policy.input, budget.input, top_k.input, compare.input]
         gradio.on(triggers, show, [question, *controls], outputs, trigger_mode="always_last", show_progress="hidden", api_visibility="private")
     return page.queue(max_size=32)
 
