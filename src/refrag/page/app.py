@@ -110,7 +110,7 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
     learned = engine.model.has_trained_policy
     policies = [OWN_POLICY, *(name for name in POLICIES if name != "all" and (name != "learned" or learned))]
     fraction = engine.model.config.expand_fraction if reading.expand_fraction is None else reading.expand_fraction
-    most = max(1, min(MAX_TOP_K, engine.index.count))
+    most = max(2, min(MAX_TOP_K, engine.index.count))  # a slider needs two ends
     with gradio.Blocks(title="refrag", analytics_enabled=False) as page:
         gradio.HTML(_header(engine), elem_id="rf-header")
         with gradio.Row():
