@@ -123,7 +123,7 @@ def test_a_hostile_passage_stays_text(page, tmp_path, almanac):
     PassageIndex.create(tmp_path / "index", almanac[0].model).add(WORLD)
     with served(tmp_path, "--index", str(tmp_path / "index")) as (address, _):
         page.goto(address)
-        ask(page, f"What do the workshops of Dorelux produce? {HOSTILE}")
+        ask(page, "What do the workshops of Dorelux produce?")
         slots(page)
         assert HOSTILE in page.locator("#rf-passages").inner_text()
         assert page.evaluate("typeof window.hacked") == "undefined"

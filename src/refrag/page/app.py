@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..config import POLICIES
-from ..errors import missing_extra
+from ..errors import InputError, missing_extra
 from .views import Reading, View, views
 
 MAX_TOP_K = 32
@@ -33,8 +33,10 @@ POLICY_OF_CONTENT = "; ".join(
 def mount(app: Any, engine: Any, *, path: str = "/ui", reading: Reading | None = None, examples: Sequence[str] = ()) -> None:
     """Put the page of an engine that has an index into a FastAPI app. `reading` is what the controls start with.
 
-    Raises MissingExtraError without Gradio.
+    Raises InputError for an engine without an index, MissingExtraError without Gradio.
     """
+    if engine.index is None:
+        raise InputError("The page asks about an index, this engine has none: build it with  Refrag.from_pretrained(…, index=…).")
     gradio = _gradio()
     gradio.mount_gradio_app(
         app,
@@ -101,9 +103,9 @@ class _LockedIn:
 def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -> Any:
     """The Blocks of the page."""
 
-    def show(question: str, policy: str, fraction: float, top_k: float, compare: bool) -> Iterator[tuple[str, str, str, str]]:
+    def show(question: str | None, policy: str, fraction: float, top_k: float, compare: bool) -> Iterator[tuple[str, str, str, str]]:
         chosen = Reading(None if policy == OWN_POLICY else policy, fraction, int(top_k), reading.mode, reading.generation)
-        shown = views(engine, question, chosen, compare=compare) if question.strip() else iter([HINT])
+        shown = views(engine, question, chosen, compare=compare) if question and question.strip() else iter([HINT])
         for view in shown:
             yield view.answer, view.plain, view.figures, view.passages
 
