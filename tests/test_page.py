@@ -5,8 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from refrag.engine.answer import Answer
+from refrag.engine import Answer, Refrag
 from refrag.errors import InputError
+from refrag.page import mount
 from refrag.page.views import Reading, answer_html, error_html, figures_html, passages_html, views
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\"'&amp;"
@@ -172,6 +173,11 @@ def test_plain_rag_that_does_not_fit_leaves_the_answer(almanac):
     assert "rf-error" not in last.answer and last.passages
 
 
+def test_an_engine_without_an_index_is_refused(almanac):
+    with pytest.raises(InputError, match="The page asks about an index, this engine has none"):
+        mount(None, Refrag(almanac[0].model))
+
+
 # ── the Gradio app ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -179,8 +185,6 @@ def test_the_page_is_mounted_and_names_no_other_host(almanac):
     pytest.importorskip("gradio")
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
-
-    from refrag.page import mount
 
     app = FastAPI()
     mount(app, almanac[0], path="/ui", examples=["What is it?"])

@@ -10,12 +10,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from refrag.demo.almanac import evaluation_cases
 from refrag.index import PassageIndex
 from refrag.text import Passage
 
 pytestmark = pytest.mark.browser
 
-HOSTILE = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 2</script>"
+TIMEOUT_S = 120
+"""For a machine that is busy with other things."""
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+HOSTILE = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 2</script> ${window.hacked = 3} {{value}}"
 WORLD = [
     Passage("dorelux", f"Dorelux was established in 1871. {HOSTILE} The workshops of Dorelux produce lamps.", f"Dorelux {HOSTILE}"),
     Passage("kelline", "Kelline is a maker of hats. The offices of Kelline are in Pelilham.", "Kelline"),
@@ -50,15 +55,15 @@ def address(tmp_path_factory):
     with served(folder) as (address, process):
         yield address
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        assert process.wait(TIMEOUT_S) == 143
         assert list(folder.rglob("almanac")) == []  # the temporary world is gone
 
 
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
+@pytest.fixture
 def page(request, chromium):
-    width, height = request.param
+    width, height = getattr(request, "param", DESKTOP)
     page = chromium.new_page(viewport={"width": width, "height": height})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(TIMEOUT_S * 1000)
     page.asked, page.failures = set(), []
     page.on("request", lambda request: page.asked.add(urlsplit(request.url).hostname))
     page.on("pageerror", lambda error: page.failures.append(str(error)))
@@ -83,9 +88,12 @@ def slots(page) -> list[int]:
     return [int(cell.replace(",", "")) for cell in cells[:2]]
 
 
+@pytest.mark.parametrize("page", [DESKTOP, PHONE], ids=["desktop", "phone"], indirect=True)
 def test_ask_see_the_highlight_and_change_the_budget(page, address):
     page.goto(address)
-    page.locator("button.gallery-item, .gallery button, table tr.tr-body, .dataset button").first.click()  # an example
+    ((_, question),) = evaluation_cases(1)
+    page.get_by_role("button", name=question.text).click()  # an example
+    page.wait_for_function("document.querySelector('#rf-question textarea').value")
     page.locator("#rf-ask").click()
     ours, plain = slots(page)
     assert ours < plain
@@ -115,7 +123,7 @@ def test_a_hostile_passage_stays_text(page, tmp_path, almanac):
     PassageIndex.create(tmp_path / "index", almanac[0].model).add(WORLD)
     with served(tmp_path, "--index", str(tmp_path / "index")) as (address, _):
         page.goto(address)
-        ask(page, f"What do the workshops of Dorelux produce? {HOSTILE}")
+        ask(page, "What do the workshops of Dorelux produce?")
         slots(page)
         assert HOSTILE in page.locator("#rf-passages").inner_text()
         assert page.evaluate("typeof window.hacked") == "undefined"

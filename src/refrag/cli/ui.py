@@ -38,8 +38,8 @@ class Ui:
     messages: Messages
     index: str | None = None
     """Folder of the index to ask about, or an object store's address."""
-    mode: Literal["dense", "text", "hybrid"] | None = None
-    """Retrieval by meaning, by words (BM25), or by both. By default dense; hybrid in the invented world."""
+    mode: Literal["dense", "text", "hybrid"] = "dense"
+    """Retrieval by meaning, by words (BM25), or by both."""
     host: str = "127.0.0.1"
     """Address to listen on. The page has no password: whoever reaches it can read the index."""
     port: int = 7860
@@ -63,7 +63,7 @@ class Ui:
                 if self.host not in LOCAL:
                     logger.warning("The page has no password, and %s can be reached from other machines.", self.host)
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # uvicorn passes it on; temporary folders go
-                reading = Reading(mode=self.mode or ("dense" if self.index else "hybrid"), generation=self.decoding)
+                reading = Reading(mode=self.mode, generation=self.decoding)
                 serve(engine, listener, reading=reading, examples=examples, started=lambda: print(_address(listener), flush=True))
         return 0
 

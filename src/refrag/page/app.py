@@ -8,11 +8,11 @@ from importlib.resources import files
 from typing import Any
 
 from ..config import POLICIES
-from ..errors import missing_extra
+from ..errors import InputError, missing_extra
 from .views import Reading, View, views
 
 MAX_TOP_K = 32
-OWN_POLICY = "the model's own"
+OWN_POLICY = "model's own"
 HINT = View(answer='<p class="rf-note">Ask a question: the answer, what it was read from and what it cost appear here.</p>')
 
 POLICY_OF_CONTENT = "; ".join(
@@ -33,8 +33,10 @@ POLICY_OF_CONTENT = "; ".join(
 def mount(app: Any, engine: Any, *, path: str = "/ui", reading: Reading | None = None, examples: Sequence[str] = ()) -> None:
     """Put the page of an engine that has an index into a FastAPI app. `reading` is what the controls start with.
 
-    Raises MissingExtraError without Gradio.
+    Raises InputError for an engine without an index, MissingExtraError without Gradio.
     """
+    if engine.index is None:
+        raise InputError("The page asks about an index, this engine has none: build it with  Refrag.from_pretrained(…, index=…).")
     gradio = _gradio()
     gradio.mount_gradio_app(
         app,
@@ -101,16 +103,16 @@ class _LockedIn:
 def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -> Any:
     """The Blocks of the page."""
 
-    def show(question: str, policy: str, fraction: float, top_k: float, compare: bool) -> Iterator[tuple[str, str, str, str]]:
+    def show(question: str | None, policy: str, fraction: float, top_k: float, compare: bool) -> Iterator[tuple[str, str, str, str]]:
         chosen = Reading(None if policy == OWN_POLICY else policy, fraction, int(top_k), reading.mode, reading.generation)
-        shown = views(engine, question, chosen, compare=compare) if question.strip() else iter([HINT])
+        shown = views(engine, question, chosen, compare=compare) if question and question.strip() else iter([HINT])
         for view in shown:
             yield view.answer, view.plain, view.figures, view.passages
 
     learned = engine.model.has_trained_policy
     policies = [OWN_POLICY, *(name for name in POLICIES if name != "all" and (name != "learned" or learned))]
     fraction = engine.model.config.expand_fraction if reading.expand_fraction is None else reading.expand_fraction
-    most = max(1, min(MAX_TOP_K, engine.index.count))
+    most = max(2, min(MAX_TOP_K, engine.index.count))  # a slider needs two ends
     with gradio.Blocks(title="refrag", analytics_enabled=False) as page:
         gradio.HTML(_header(engine), elem_id="rf-header")
         with gradio.Row():
@@ -120,16 +122,16 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
             gradio.Examples([[example] for example in examples], [question], label="For example", cache_examples=False)
         with gradio.Row():
             controls = [
-                gradio.Dropdown(policies, value=reading.policy or OWN_POLICY, label="Policy", info="who decides which chunks are expanded", elem_id="rf-policy"),
-                gradio.Slider(0, 1, value=fraction, step=0.01, label="Budget", info="share of the chunks that may be expanded", elem_id="rf-budget"),
-                gradio.Slider(1, most, value=min(reading.top_k, most), step=1, label="Passages", info="how many to retrieve (top-k)", elem_id="rf-top-k"),
-                gradio.Checkbox(value=True, label="Compare with plain RAG", elem_id="rf-compare"),
+                gradio.Dropdown(policies, value=reading.policy or OWN_POLICY, label="Policy", info="who decides which chunks are expanded", min_width=200, elem_id="rf-policy"),
+                gradio.Slider(0, 1, value=fraction, step=0.01, label="Budget", info="share of the chunks that may be expanded", min_width=200, elem_id="rf-budget"),
+                gradio.Slider(1, most, value=min(reading.top_k, most), step=1, label="Passages", info="how many to retrieve (top-k)", min_width=200, elem_id="rf-top-k"),
+                gradio.Checkbox(value=True, label="Compare with plain RAG", min_width=200, elem_id="rf-compare"),
             ]
         with gradio.Row():
             answers = [_column(gradio, "REFRAG", HINT.answer, "rf-ours"), _column(gradio, "Plain RAG", "", "rf-plain")]
         outputs = [*answers, gradio.HTML(elem_id="rf-figures"), gradio.HTML(elem_id="rf-passages")]
         policy, budget, top_k, compare = controls
-        triggers = [ask.click, question.submit, policy.input, budget.release, top_k.release, compare.input]
+        triggers = [ask.click, question.submit, policy.input, budget.input, top_k.input, compare.input]
         gradio.on(triggers, show, [question, *controls], outputs, trigger_mode="always_last", show_progress="hidden", api_visibility="private")
     return page.queue(max_size=32)
 
