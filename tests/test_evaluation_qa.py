@@ -113,7 +113,7 @@ def test_a_peer_that_is_not_installed_is_one_sentence(tmp_path):
         pytest.skip("kvpress is here, or the repository is not")
     command = [sys.executable, str(script), "--prompts", "p.jsonl", "--decoder", "d", "--out", str(tmp_path / "r.json")]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(qa.__file__).parents[2])})
-    assert ended.returncode == 2 and ended.stderr.startswith("kvpress is not installed in this Python: ") and len(ended.stderr.splitlines()) == 1
+    assert ended.returncode == 2 and ended.stderr.startswith("kvpress cannot be imported here (No module named 'kvpress'): ") and len(ended.stderr.splitlines()) == 1
 
 
 # ── fronts and comparisons ──
@@ -299,6 +299,7 @@ ROW = {"id": "q1", "question": "Who?", "answers": ["Ann"], "passages": ["Ann fou
         ([ROW | {"answers": []}], "a.jsonl, line 1: the field 'answers' must hold one text or more, was empty: mend it, or leave such rows out with --skip-bad."),
         ([{"id": "1", "passages": []}], "a.jsonl, line 1: the field 'question' is missing (there are 'id', 'passages')"),
         ([ROW | {"passages": []}], "The rows have no passages to answer from: give --index FOLDER to retrieve them."),
+        ([ROW | {"question": "Who\ud800?"}], "a.jsonl, line 1: a text must be valid Unicode, has half a character after"),
         ([{"title": "other", "rows": 3}], "a.jsonl, line 1: the field 'question' is missing (there are 'title', 'rows')"),
     ],
 )
@@ -328,10 +329,12 @@ def test_bad_rows_can_be_left_out():
         (["--data", "almanac", "--index", "nowhere"], "There is no index at nowhere"),
         (["--data", "almanac", "--systems", "plane"], "There is no system 'plane'"),
         (["--data", "almanac", "--out", "."], "A result is written to a file, . is a folder"),
+        (["--data", "almanac", "--out", "a.txt/r.json"], "The result cannot be written to a.txt/r.json, "),
         (["--data", "almanac", "--expand-fractions", "7"], "expand_fraction must lie between 0 and 1, was 7.0: try 0.1."),
     ],
 )
 def test_what_the_command_refuses(arguments, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").touch()
     status, _, err = run(capsys, *arguments)
     assert status == 2 and err.startswith(f"refrag: {said}") and len(err.splitlines()) == 1

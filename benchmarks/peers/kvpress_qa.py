@@ -131,8 +131,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         import kvpress
-    except ImportError:
-        print("kvpress is not installed in this Python: install it into a virtual environment of its own and run this script with that one's python.", file=sys.stderr)
+    except ImportError as error:
+        print(f"kvpress cannot be imported here ({error}): install it into a virtual environment of its own and run this script with that one's python.", file=sys.stderr)
         return 2
     try:
         rows = read(args.prompts, args.limit)

@@ -1,5 +1,6 @@
 """`refrag eval`: the quality of answers, of what follows a context, and of retrieval."""
 
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -174,8 +175,8 @@ def _check_out(*paths: Path | None) -> None:
         if path.is_dir():
             raise InputError(f"A result is written to a file, {path} is a folder: name a file, for example {path / 'result.json'}")
         existing = next(parent for parent in path.absolute().parents if parent.exists())
-        if not existing.is_dir():
-            raise InputError(f"The result cannot be written to {path}, {existing} is no folder: name another file.")
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"The result cannot be written to {path}, {existing} is no folder that you may write to: name another file.")
 
 
 # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────

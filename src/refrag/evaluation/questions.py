@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import IndexSettings
-from ..data.rows import Question, answer_spans, question_of
+from ..data.rows import Question, answer_spans, content_of, question_of
 from ..data.sources import find_sources
 from ..errors import InputError
-from ..index import PassageIndex
+from ..index import Hit, PassageIndex
 from ..text import Passage
 from .tasks import Progress, QaSettings, QuestionSettings
 
@@ -48,7 +48,9 @@ def take_questions(rows: Iterable[tuple[str, Any]], settings: QuestionSettings) 
         try:
             if isinstance(row, InputError):
                 raise row
-            questions.append(question_of(row, place, bare=True))
+            question = question_of(row, place, bare=True)
+            content_of(question, place)  # refuses half characters, which no tokenizer takes
+            questions.append(question)
         except InputError as error:
             if not settings.skip_bad:
                 raise
@@ -132,10 +134,18 @@ def _distinct(passages: Iterable[Passage]) -> list[Passage]:
 def retrieved_passages(question: Question, settings: QaSettings, index: PassageIndex, rng: random.Random) -> list[Passage]:
     """The best `num_passages`, or as many drawn from the best `weak_depth`, in the order of their ranks."""
     if settings.retriever == "strong":
-        return [hit.passage for hit in index.search(question.question, top_k=settings.num_passages, mode=settings.mode)]
-    hits = index.search(question.question, top_k=settings.weak_depth, mode=settings.mode)
+        return [hit.passage for hit in search(index, question, settings.num_passages, settings.mode)]
+    hits = search(index, question, settings.weak_depth, settings.mode)
     places = sorted(rng.sample(range(len(hits)), min(settings.num_passages, len(hits))))
     return [hits[place].passage for place in places]
+
+
+def search(index: PassageIndex, question: Question, top_k: int, mode: str) -> list[Hit]:
+    """The index's search; what it refuses, such as a question beyond its encoder's window, is said with the row."""
+    try:
+        return index.search(question.question, top_k=top_k, mode=mode)
+    except InputError as error:
+        raise InputError(f"The row {question.id!r} cannot be searched for: {error}") from error
 
 
 def gold_passages(question: Question) -> list[Passage] | None:

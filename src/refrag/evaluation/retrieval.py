@@ -10,7 +10,7 @@ from ..index import PassageIndex
 from .metrics import recall_at, reciprocal_rank
 from .provenance import result, write_result
 from .qa import interval
-from .questions import gold_number, gold_passages
+from .questions import gold_number, gold_passages, search
 from .statistics import percentile
 from .tasks import Progress, RetrievalSettings
 
@@ -43,7 +43,7 @@ def measure(index: PassageIndex, questions: Sequence[Question], mode: str, setti
     ranks, seconds = [], []
     for done, question in enumerate(questions, 1):
         begin = time.perf_counter()
-        hits = index.search(question.question, top_k=depth, mode=mode)
+        hits = search(index, question, depth, mode)
         seconds.append(time.perf_counter() - begin)
         ranking = [gold_number(hit.passage, question) for hit in hits]
         gold = range(len(gold_passages(question) or (0,)))
