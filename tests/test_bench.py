@@ -112,6 +112,8 @@ def test_training_in_words() -> None:
         (["index", "--rounds", "0"], "rounds must be 1 or more, was 0."),
         (["index", "--memory-passages", "-1", "5"], "memory_passages must be 0 or more, were [-1, 5]: try 1000 5000, or 0 0 for none."),
         (["train", "--context-tokens", "1000"], "context_tokens must be whole chunks of 16, was 1000: try 992."),
+        (["latency", "--out", "."], "out must name a file, . is a folder: try --out result.json."),
+        (["index", "--out", f"{__file__}/x.json"], f"out must lie in a folder that can be written to, {__file__} is a file: choose another --out."),
         (["train", "--max-repeats", "3"], "max_repeats must be min_repeats (7) or more, was 3."),
     ],
 )

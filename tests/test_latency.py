@@ -289,15 +289,18 @@ def test_the_summary_prints_what_flops_allow(content: dict) -> None:
 
 
 def test_a_sweep_goes_on_behind_a_point_that_fails(tmp_path: Path) -> None:
-    """A million tokens are more slots, a quarter of a million, than the decoder has positions."""
+    """A file lies where the second point would put its index; the next one is measured all the same."""
     out = tmp_path / "sweep.json"
-    content = latency.run(LatencySettings(**SMALL, index_passages=2, min_repeats=6, max_repeats=6, sweep_context=(64, 1 << 20), out=out))
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "32-4").touch()
+    settings = LatencySettings(**SMALL, index_passages=2, min_repeats=6, max_repeats=6, sweep_context=(32, 16), index=tmp_path / "index", out=out)
+    content = latency.run(settings)
     assert content["kind"] == "latency-sweep"
-    assert json.loads(out.read_text("utf-8"))["points"][0]["workload"]["num_chunks"] == 16
-    good, bad = content["points"]
+    assert json.loads(out.read_text("utf-8"))["points"][1]["workload"]["num_chunks"] == 4
+    bad, good = content["points"]
     assert "failed" not in good and good["peak_rss_bytes"] > 0
-    assert "positions" in bad["failed"]
-    assert [line.split(":")[0] for line in latency.summary(content).splitlines()] == ["64 context tokens, k = 4", "1,048,576 context tokens, k = 4"]
+    assert bad["failed"] == f"{tmp_path / 'index' / '32-4'} is a file, an index needs a folder: pass another --index."
+    assert [line.split(":")[0] for line in latency.summary(content).splitlines()] == ["32 context tokens, k = 4", "16 context tokens, k = 4"]
 
 
 @pytest.mark.parametrize(

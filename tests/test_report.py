@@ -226,16 +226,19 @@ def test_what_cannot_be_shown_is_one_sentence_and_the_rest_goes_on(folder: Path,
         (["./missing"], "There is no file or folder missing: check the path."),
         (["EMPTY"], "There is no results file in EMPTY: measure one with  refrag bench … --out results/NAME.json"),
         (["BAD"], "There is no result to show: A result must be a JSON file"),
-        (["GOOD", "--out", "EMPTY"], "The page must be a file, EMPTY is a folder: pass --out EMPTY/report.html."),
+        (["GOOD", "--out", "EMPTY"], "out must name a file, EMPTY is a folder: try --out EMPTY/report.html."),
+        (["GOOD", "--out", "BAD/report.html"], "out must lie in a folder that can be written to, BAD is a file: choose another --out."),
+        ([], "Name the results to show, files or folders:  refrag report results/"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": str(tmp_path / "empty"), "BAD": str(_write(tmp_path / "bad.json", "{")), "GOOD": str(_write(tmp_path / "good.json", content("throughput")))}
-    assert main(["report", *(places.get(word, word) for word in arguments)]) == 2
-    said = capsys.readouterr()
     for name, place in places.items():
         sentence = sentence.replace(name, place)
+        arguments = [word.replace(name, place) for word in arguments]
+    assert main(["report", *arguments]) == 2
+    said = capsys.readouterr()
     assert said.err.startswith(f"refrag: {sentence}") and len(said.err.splitlines()) == 1
 
 

@@ -72,11 +72,17 @@ def sweep(settings: LatencySettings) -> dict[str, Any]:
         return replace(settings, context_tokens=context_tokens, chunk_size=chunk_size, sweep_context=(), sweep_chunk_size=(), index=index, out=None)
 
     points = [
-        ({"context_tokens": tokens, "chunk_size": size}, (measure, point(tokens, size)))
+        ({"context_tokens": tokens, "chunk_size": size}, (measure_point, point(tokens, size)))
         for tokens in settings.sweep_context or (settings.context_tokens,)
         for size in settings.sweep_chunk_size or (settings.chunk_size,)
     ]
     return measure_points("latency-sweep", points, settings=settings)
+
+
+def measure_point(settings: LatencySettings) -> dict[str, Any]:
+    """One point of a sweep; a trained model has a chunk size of its own."""
+    values = measure(settings)
+    return {"chunk_size": values["workload"]["chunk_size"], **values}
 
 
 def measure(settings: LatencySettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..errors import InputError, NotFoundError
 from ..training.curves import draw_curves
 from ..training.html_page import figure, is_number, page, shown, text, write_whole
 from .provenance import read_result
+from .settings import check_out
 from .views import Table, View, view
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,10 @@ def write_report(paths: Sequence[Path], out: Path, *, png: Path | None = None) -
 
     Raises NotFoundError where nothing is, InputError when no file can be shown, MissingExtraError without matplotlib.
     """
+    check_out(out, name="report.html")
     results, refused = read_all(paths)
     if not results:
         raise InputError(f"There is no result to show: {refused[0]}")
-    if out.is_dir():
-        raise InputError(f"The page must be a file, {out} is a folder: pass --out {out / 'report.html'}.")
     charts = {f"{own.name}-{_slug(panel.title)}.png": panel for own in results for panel in own.view.panels}
     rendered = render(results, refused).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +66,8 @@ def _files(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise NotFoundError(f"There is no file or folder {path}: check the path.")
         found += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    if not paths:
+        raise InputError("Name the results to show, files or folders:  refrag report results/")
     if not found:
         raise NotFoundError(f"There is no results file in {' or '.join(map(str, paths))}: measure one with  refrag bench … --out results/NAME.json")
     return list(dict.fromkeys(found))
@@ -211,7 +213,7 @@ STYLE = """
 section { border-top: 1px solid var(--line); margin-top: 32px } section:first-child { border-top: 0; margin-top: 0 }
 .tables { overflow-x: visible } .scroll { overflow-x: auto; max-width: 100%; margin: 6px 0 } td.long { text-align: left; white-space: normal; min-width: 200px } caption { text-align: left; font-weight: 600; padding-bottom: 4px; white-space: nowrap }
 tbody th { color: var(--ink) } .failed { color: var(--soft); font-style: italic; text-align: left; white-space: normal }
-dl { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)) } dd { overflow-wrap: anywhere }
+dl { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)) } .charts { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)) } dd { overflow-wrap: anywhere }
 ul.plain { display: block; list-style: disc; padding-left: 20px } ul.plain li { overflow-wrap: anywhere }
 code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere; color: var(--ink) }
 .source p { margin: 6px 0 0; font-size: 13px } .source { margin-top: 12px }

@@ -1,5 +1,6 @@
 """Settings of the measurements: plain dataclasses, without torch or transformers, so that the CLI can show them at once."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ class Rounds:
             raise InputError(f"tolerance must lie between 0 and 1, was {self.tolerance}: try 0.02.")
         if self.threads is not None:
             at_least_one(self, "threads")
+        check_out(self.out)
 
     def portable(self) -> dict[str, Any]:
         """The settings without this machine's folders."""
@@ -165,6 +167,7 @@ class IndexingSettings:
     def __post_init__(self) -> None:
         """Raises InputError for values that cannot be measured with."""
         at_least_one(self, "passages", "passage_tokens", "chunk_size", "batch_size", "rounds")
+        check_out(self.out)
         if min(self.memory_passages) < 0:
             raise InputError(f"memory_passages must be 0 or more, were {list(self.memory_passages)}: try 1000 5000, or 0 0 for none.")
 
@@ -210,3 +213,14 @@ def at_least_one(settings: Any, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise InputError(f"{name} must be 1 or more, was {getattr(settings, name)}.")
+
+
+def check_out(path: Path | None, *, name: str = "result.json") -> None:
+    """Before anything is measured. Raises InputError for a file that could not be written there; `name` is an example of one."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"out must name a file, {path} is a folder: try --out {path / name}.")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"out must lie in a folder that can be written to, {there} {'cannot' if there.is_dir() else 'is a file'}: choose another --out.")

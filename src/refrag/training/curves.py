@@ -89,7 +89,7 @@ def _draw(axes: Any, panel: Panel, theme: str) -> None:
     axes.grid(axis="y", color=look.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=look.ink, labelsize=9, length=0)
-    axes.margins(x=0.06 if any(len(series.steps) == 1 for series in panel.series) else 0.02)
+    axes.margins(x=0.06 if any(len(series.steps) == 1 for series in panel.series) else 0.02, y=0.12)
     if not panel.log and all(float(step).is_integer() for series in panel.series for step in series.steps):
         axes.xaxis.set_major_locator(_whole_numbers())
     if panel.over != Panel.over:
