@@ -56,7 +56,10 @@ BAD: list[tuple[str, object, int, str]] = [
     (CHAT, ASK | {"top_p": 0}, 400, "top_p"),
     (CHAT, ASK | {"seed": 2**63}, 400, "seed"),
     (CHAT, ASK | {"stop": ""}, 400, "stop"),
+    (CHAT, ASK | {"stop": "x" * 201}, 400, "stop"),
     (CHAT, ASK | {"max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, ASK | {"max_slots": 10**30}, 400, "max_slots"),
+    (CHAT, ASK | {"messages": ASK["messages"] * 1001}, 400, "messages"),
     (CHAT, ASK | {"max_tokens": 5000}, 400, "max_tokens may be at most 1024 here, was 5000."),
     (CHAT, ASK | {"max_tokens": 600}, 400, "lower top_k or lower max_tokens"),
     (CHAT, ASK | {"top_k": 0}, 400, "top_k"),
@@ -104,6 +107,18 @@ def test_every_bad_request_is_refused_in_one_sentence(served: Served, path: str,
     assert "--" not in error["message"] or "--allow" in error["message"]
 
 
+def test_deep_metadata_is_read_or_refused(served: Served) -> None:
+    deep = b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "documents": [{"text": "b", "metadata": {"c": %s}}]}'
+    stored = b'{"passages": [{"id": "deep", "text": "b", "metadata": {"c": %s}}]}'
+    for depth in (200, 600, 900, 5000):
+        nest = b"[" * depth + b"]" * depth
+        for path, body in ((CHAT, deep), ("/v1/passages", stored)):
+            reply = served.post(path, body % nest, headers={"Content-Type": "application/json"})
+            assert reply.status_code in (200, 400), reply.text
+            assert depth > 200 or reply.status_code == 200
+    assert httpx2.request("DELETE", served.url + "/v1/passages", json={"ids": ["deep"]}).json() == {"deleted": 1}
+
+
 def test_what_is_refused_is_refused_before_a_stream_begins(served: Served) -> None:
     response = served.post(CHAT, ASK | {"stream": True, "max_tokens": 600})
     assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
@@ -140,6 +155,7 @@ def test_the_key_and_the_host_are_checked(engine: Refrag) -> None:
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         assert served.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         assert served.get("/health").status_code == served.get("/metrics").status_code == 200
+        assert served.get("/openapi.json").status_code == served.get("//v1/models").status_code == 401
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=served.url + "/v1", api_key="wrong", max_retries=0).models.list()
         assert served.get("/health", headers={"Host": "evil.example:8000"}).status_code == 400

@@ -35,7 +35,7 @@ class Serve:
     port: int = 8000
     """Port to listen on; 0: any free one."""
     api_key_file: Path | None = None
-    """File whose first line is the key that requests to /v1 must send."""
+    """File whose first line is the key that requests must send as a bearer token; /health, /ready and /metrics need none."""
     otel: bool = False
     """Send OpenTelemetry spans where the variables OTEL_EXPORTER_OTLP_… say."""
 

@@ -221,7 +221,8 @@ class Refrag:
     def _prepare(self, requests: Sequence[Request], watch: Stopwatch) -> tuple[list[Row], Layout, MixedInputs]:
         """Everything before the decoder: passages, prompts, vectors, decisions, layout, mixed inputs."""
         with watch("retrieve_s"):
-            found = [self._passages(request) for request in requests]
+            known = self._question_vectors(requests)
+            found = [self._passages(request, known.get(request.question)) for request in requests]
         with watch("prompt_s"):
             prompts = [self._prompt(request, own) for request, own in zip(requests, found, strict=True)]
             for request, prompt in zip(requests, prompts, strict=True):
@@ -246,8 +247,15 @@ class Refrag:
         )
         return rows, layout, inputs
 
-    def _passages(self, request: Request) -> list[Found]:
-        """The passages to read with their retrieval scores, best first."""
+    def _question_vectors(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Retrieval vectors of the questions of a group, embedded together; a single question is left to the index."""
+        asking = [request.question for request in requests if request.passages is None and request.mode != "text"]
+        if self.retriever is not None or self.index is None or len(asking) < 2:
+            return {}
+        return dict(zip(asking, self.index.retriever.encode_questions(asking), strict=True))
+
+    def _passages(self, request: Request, vector: Any = None) -> list[Found]:
+        """The passages to read with their retrieval scores, best first; `vector`: the question's for the index, where it is known."""
         if request.passages is not None:
             return [(passage, None) for passage in request.passages]
         wanted = request.top_k * (CANDIDATES if self.reranker else 1)
@@ -258,7 +266,7 @@ class Refrag:
             given = passage_list(self.retriever(request.question), "What a retriever returns")
             found = [(Passage.from_any(own, number), None) for number, own in enumerate(given, 1)][:wanted]
         elif self.index is not None:
-            hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where)
+            hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where, vector=vector)
             found = [(hit.passage, float(hit.score)) for hit in hits]
         else:
             raise InputError("There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=….")

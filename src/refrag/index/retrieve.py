@@ -82,12 +82,18 @@ class SentenceEncoder:
 
         Raises InputError for one that is longer than the encoder's window: its end would not be searched for.
         """
-        check_question(question)
-        [row] = tokenize_texts(self.tokenizer, [self.instruction + question], window=1 << 30)
-        if len(row) > self.max_tokens:
-            over = len(row) - self.max_tokens
-            raise InputError(f"The question has {len(row)} tokens, {over} more than the retriever's window of {self.max_tokens}: shorten it, or search with --mode text.")
-        return self.encode([self.instruction + question])[0]
+        return self.encode_questions([question])[0]
+
+    def encode_questions(self, questions: Sequence[str]) -> Float[np.ndarray, "question width"]:
+        """As `encode_question`, for several together."""
+        for question in questions:
+            check_question(question)
+        texts = [self.instruction + question for question in questions]
+        longest = max(map(len, tokenize_texts(self.tokenizer, texts, window=1 << 30)), default=0)
+        if longest > self.max_tokens:
+            over = longest - self.max_tokens
+            raise InputError(f"The question has {longest} tokens, {over} more than the retriever's window of {self.max_tokens}: shorten it, or search with --mode text.")
+        return self.encode(texts)
 
     def encode_passages(self, passages: Sequence[Passage]) -> Float[np.ndarray, "passage width"]:
         """Unit vectors, float32, of title and text; text beyond the encoder's window counts for chunks only."""

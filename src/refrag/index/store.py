@@ -244,12 +244,13 @@ class PassageIndex:
         return self.table.count
 
     def search(
-        self, question: str, *, top_k: int = 8, mode: str = "dense", where: str | None = None, exact: bool = False
+        self, question: str, *, top_k: int = 8, mode: str = "dense", where: str | None = None, exact: bool = False, vector: np.ndarray | None = None
     ) -> list[Hit]:
         """The `top_k` best passages: by meaning (`dense`), by words (`text`, BM25), or by both rankings fused (`hybrid`).
 
         `where` is an SQL filter over id, title, text, num_chunks and metadata, for example
         `json_get_string(metadata, 'source') = 'a.txt'`. `exact` compares with every vector, however large the index.
+        `vector`: the question's, where `retriever.encode_questions` made it already.
         Raises InputError for another mode, a blank question, `top_k` below 1 and a filter that cannot be read.
         """
         if mode not in MODES:
@@ -260,20 +261,21 @@ class PassageIndex:
             raise InputError("The question must hold some text, was blank.")
         check_question(question)
         try:
-            if mode == "dense":
-                return self._dense(question, top_k, where, exact)
             if mode == "text":
                 return self._text(question, top_k, where)
+            vector = self.retriever.encode_question(question) if vector is None else vector
+            if mode == "dense":
+                return self._dense(vector, top_k, where, exact)
             depth = max(50, 4 * top_k)
-            return _fused([self._dense(question, depth, where, exact), self._text(question, depth, where)])[:top_k]
+            return _fused([self._dense(vector, depth, where, exact), self._text(question, depth, where)])[:top_k]
         except (ValueError, RuntimeError) as error:
             if where is None or isinstance(error, RefragError):
                 raise
             reason = str(error).split(", /")[0].splitlines()[0]
             raise InputError(f"The filter {where!r} cannot be used ({reason}): write SQL such as  title = 'Paris'  or  json_get_string(metadata, 'source') = 'a.txt'") from error
 
-    def _dense(self, question: str, limit: int, where: str | None, exact: bool) -> list[Hit]:
-        rows = self.table.nearest(self.retriever.encode_question(question), PASSAGE_COLUMNS, limit=limit, where=where, exact=exact)
+    def _dense(self, vector: Float[np.ndarray, "width"], limit: int, where: str | None, exact: bool) -> list[Hit]:
+        rows = self.table.nearest(vector, PASSAGE_COLUMNS, limit=limit, where=where, exact=exact)
         return _hits(rows, [1 - distance for distance in rows["_distance"].to_pylist()])
 
     def _text(self, question: str, limit: int, where: str | None) -> list[Hit]:

@@ -37,7 +37,7 @@ def create_app(
 ) -> FastAPI:
     """The application over an engine; `app.state.service` is its Service.
 
-    `backend`: whoever decodes, by default this process. `api_key`: what requests to /v1 must send as a bearer token. `tracer`: spans.
+    `backend`: whoever decodes, by default this process. `api_key`: what requests must send as a bearer token. `tracer`: spans.
     """
     settings = settings or ServerSettings()
     metrics = Metrics()

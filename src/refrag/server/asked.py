@@ -73,7 +73,7 @@ def _passage(document: Given, number: int, stored: Mapping[str, Passage]) -> str
     if isinstance(document, str):
         return document
     if document.text is not None:
-        return {key: value for key, value in document.model_dump().items() if value is not None}
+        return {name: value for name, value in document if value is not None}
     if document.id is None:
         raise InputError(f"Document {number} must have a text, or the id of a passage in the index, it has neither.")
     if str(document.id) not in stored:

@@ -23,6 +23,8 @@ from .settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
+OPEN = {"/health", "/ready", "/metrics"}
+"""What needs no key."""
 RETRY_AFTER_S = 1
 KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (BusyError, 429, "rate_limit_error", "queue_full"),
@@ -33,8 +35,14 @@ KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (MissingExtraError, 501, "server_error", "missing_extra"),
     (BackendError, 503, "server_error", "backend_failed"),
     (TimeoutError, 504, "server_error", "timeout"),
+    (RecursionError, 400, "invalid_request_error", "nested_too_deeply"),
 )
 """Exception, status, and OpenAI's type and code; the first that fits counts."""
+
+SENTENCES: dict[type[Exception], str] = {
+    TimeoutError: "The request took too long: ask for a shorter answer, or try again later.",
+    RecursionError: "The metadata is nested too deeply: flatten it.",
+}
 
 T = TypeVar("T")
 
@@ -74,7 +82,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         return error.status_code, error_body(error.detail, kind=kinds.get(error.status_code, "invalid_request_error"), code=error.code, param=error.param)
     for cls, status, kind, code in KINDS:
         if isinstance(error, cls):
-            message = over_http(str(error)) if isinstance(error, RefragError) else "The request took too long: ask for a shorter answer, or try again later."
+            message = over_http(str(error)) if isinstance(error, RefragError) else SENTENCES[cls]
             return status, error_body(message, kind=kind, code=code)
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("A bug: %s\n%s", type(error).__name__, frames)
@@ -159,7 +167,7 @@ class Gate:
             await send(message)
 
         try:
-            self._check(scope["path"], dict(scope["headers"]))
+            self._check(scope["path"].removeprefix(scope.get("root_path", "")), dict(scope["headers"]))
             await self.app(scope, self._bounded(receive), noting)
         except Exception as error:  # handled here, since uvicorn would log its message, and with it perhaps text of the request
             response = respond(error)
@@ -171,7 +179,7 @@ class Gate:
         name = re.sub(r":\d+$", "", host).strip("[]")
         if self.hosts and name not in self.hosts:
             raise RefusedError(400, f"This server answers to {', '.join(sorted(self.hosts))}, not to the host of this request.", code="unknown_host")
-        if self.api_key is not None and path.startswith("/v1"):
+        if self.api_key is not None and path not in OPEN:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key):
                 raise RefusedError(401, "The API key is missing or wrong: send it as  Authorization: Bearer KEY", code="invalid_api_key")

@@ -8,6 +8,10 @@ from ..config import MAX_SEED, PolicyName
 
 Text = Annotated[str, Field(min_length=1)]
 Mode = Literal["dense", "text", "hybrid"]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+"""Every new token looks for each of them."""
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Number = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Body(BaseModel):
@@ -67,27 +71,27 @@ class Reading(Body):
 
     documents: list[str | Document] | None = None
     """Passages to read; without them they are retrieved from the index, with an empty list there are none."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Number | None = None
     """Passages to retrieve."""
     mode: Mode | None = None
     where: str | None = None
     policy: PolicyName | None = None
     expand_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
-    expand_chunks: Annotated[int, Field(ge=0)] | None = None
-    max_slots: Annotated[int, Field(ge=1)] | None = None
+    expand_chunks: Count | None = None
+    max_slots: Number | None = None
     passages_first: bool | None = None
 
 
 class Decoding(Body):
     """How the answer is decoded. Sampling among the k most probable tokens is `sample_top_k`: `top_k` counts passages."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Number | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0, the default, decodes greedily."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    sample_top_k: Annotated[int, Field(ge=0)] | None = None
+    sample_top_k: Count | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
 
 
@@ -109,8 +113,8 @@ class OpenAIRequest(Reading, Decoding):
 class ChatRequest(OpenAIRequest):
     """`POST /v1/chat/completions`: the last message is the question."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_completion_tokens: Number | None = None
     response_format: ResponseFormat | None = None
     logprobs: Literal[False] | None = None
 
@@ -133,19 +137,19 @@ class AnswerRequest(Reading, Decoding):
 class AddRequest(Body):
     """`POST /v1/passages`."""
 
-    passages: Annotated[list[StoredPassage], Field(min_length=1)]
+    passages: Annotated[list[StoredPassage], Field(min_length=1, max_length=10_000)]
 
 
 class DeleteRequest(Body):
     """`DELETE /v1/passages`."""
 
-    ids: Annotated[list[Text], Field(min_length=1)]
+    ids: Annotated[list[Text], Field(min_length=1, max_length=10_000)]
 
 
 class SearchRequest(Body):
     """`POST /v1/passages/search`."""
 
     question: Text
-    top_k: Annotated[int, Field(ge=1)] = 8
+    top_k: Number = 8
     mode: Mode = "dense"
     where: str | None = None

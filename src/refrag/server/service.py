@@ -81,12 +81,7 @@ class Service:
     async def answer(self, request: Request) -> Answer:
         """The Answer at once; see `pieces`."""
         self._check_room()
-        task = self._task(self._answer(request, lambda piece: None))
-        try:
-            await asyncio.wait({task})
-            return self._result(task)
-        finally:
-            task.cancel()
+        return await self._finished(self._task(self._answer(request, lambda piece: None)))
 
     def _task(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -94,6 +89,14 @@ class Service:
         task.add_done_callback(self._asking.discard)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio logs what nobody was left to read
         return task
+
+    async def _finished(self, task: asyncio.Task[T]) -> T:
+        """The result of a task that ends with its reader."""
+        try:
+            await asyncio.wait({task})
+            return self._result(task)
+        finally:
+            task.cancel()
 
     def _result(self, task: asyncio.Task[T]) -> T:
         if task.cancelled() and self._cut_off:
@@ -204,7 +207,7 @@ class Service:
         """Hits of the index; counts as a request while it runs."""
         self._check_room()
         search = partial(self.index.search, question, **options)
-        return await self._task(self._in_place(lambda: self.compute(search)))
+        return await self._finished(self._task(self._in_place(lambda: self.compute(search))))
 
     async def stored(self, ids: Sequence[str]) -> dict[str, Passage]:
         """Passages of the index by id; unknown ids are left out."""
