@@ -1,6 +1,6 @@
 """The live page: what it shows (`views`, plain HTML) and the Gradio app around it (`app`)."""
 
 from .app import check_installed, mount, serve
-from .views import Reading, View, views
+from .views import Reading
 
-__all__ = ["Reading", "View", "check_installed", "mount", "serve", "views"]
+__all__ = ["Reading", "check_installed", "mount", "serve"]
