@@ -6,7 +6,7 @@ from typing import Any, get_args
 import jaxtyping
 import pytest
 
-from refrag.config import POLICIES, Budget, GenerationSettings, IndexSettings, PolicyName, resolve_model
+from refrag.config import POLICIES, Budget, GenerationSettings, IndexSettings, PolicyName, VllmSettings, resolve_model
 from refrag.errors import InputError, NotFoundError
 from refrag.evaluation.settings import LatencySettings
 
@@ -84,3 +84,28 @@ def test_resolve_model_keeps_hub_names_and_refuses_missing_folders(tmp_path: Pat
     for missing in ("./nowhere", str(tmp_path / "nowhere"), "~/nowhere"):
         with pytest.raises(NotFoundError, match=f"There is no model folder at {missing}: check --model"):
             resolve_model(missing)
+
+
+# ── vLLM ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_addresses_of_vllm_are_roots_each_once():
+    urls = ["http://a:8000", "http://a:8000/v1/", "https://b/decoder/v1", "http://[::1]:80/"]
+    assert VllmSettings(urls).urls == ("http://a:8000", "https://b/decoder", "http://[::1]:80")
+    assert VllmSettings("http://a").urls == ("http://a",)
+    assert "secret" not in repr(VllmSettings("http://a", api_key="secret"))
+
+
+@pytest.mark.parametrize("url", ["", "a:8000", "ftp://a", "http://", "http:// a", "http://a:b", "http://a:70000", "http://a:0", "http://[::1", "http://a?x", "http://me:word@a"])
+def test_what_is_no_address_of_vllm(url):
+    with pytest.raises(InputError) as caught:
+        VllmSettings(url)
+    assert str(caught.value) == f"The address of a vLLM server must look like http://localhost:8000, was {url!r}: check --vllm-url."
+
+
+def test_vllm_needs_an_address_and_real_times():
+    with pytest.raises(InputError, match=r"^The vLLM engine needs the address of a server: pass --vllm-url http://localhost:8000\.$"):
+        VllmSettings([])
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=rf"^connect_timeout_s must lie above 0, and be finite, was {value}: leave it out for the usual wait\.$"):
+            VllmSettings("http://a", connect_timeout_s=value)

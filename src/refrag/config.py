@@ -5,6 +5,7 @@ What travels with the weights (chunk size, pooling, shapes) is `refrag.model.Ref
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -130,7 +131,7 @@ def _server_url(url: str) -> str:
     """The root of a server's address: a path /v1, as OpenAI clients take it, is dropped. Raises InputError for what is no address."""
     try:
         parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"[\s?#@]", url)
     except ValueError:  # a port that is no number
         fits = False
     if not fits:

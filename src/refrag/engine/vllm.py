@@ -7,6 +7,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import math
 import os
 import time
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from ..config import GenerationSettings, VllmSettings
 from ..errors import BackendError, InputError, MismatchError, RefragError, missing_extra
+
+log = logging.getLogger(__name__)
 
 COOL_DOWN_S = 10.0
 """So long a server that failed is the last choice."""
@@ -38,13 +41,13 @@ class VllmBackend:
     name = "vllm"
 
     def __init__(self, settings: VllmSettings) -> None:
-        """Nothing is connected yet. Raises MissingExtraError without the package httpx2."""
+        """Nothing is connected yet. Raises MissingExtraError without the package httpx2, InputError for a key that cannot be sent."""
         self.settings = settings
         self._servers = [_Server(url) for url in settings.urls]
         self._http = _import_httpx()
-        key = settings.api_key or os.environ.get("VLLM_API_KEY")
+        self._errors = (self._http.HTTPError, self._http.InvalidURL)
         self._client = self._http.AsyncClient(
-            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+            headers={"Content-Type": "application/json"} | _authorization(settings.api_key or os.environ.get("VLLM_API_KEY", "")),
             timeout=self._http.Timeout(None, connect=settings.connect_timeout_s),
             limits=self._http.Limits(max_connections=None, max_keepalive_connections=None),
         )
@@ -74,7 +77,8 @@ class VllmBackend:
                 if given:
                     raise BackendError(f"The vLLM server at {server.url} broke off after {given} tokens ({failure}): ask again, its log may say why.") from failure
                 failures[server.url] = failure
-                if last or (failure.is_slow and len(self._servers) == 1):
+                log.warning("The vLLM server at %s failed: %s.", server.url, failure)
+                if last or self._client.is_closed or (failure.is_slow and len(self._servers) == 1):
                     raise _no_token(failures) from failure
                 await asyncio.sleep(PAUSE_S if len(self._servers) == 1 else 0)
             else:
@@ -96,7 +100,7 @@ class VllmBackend:
                 failures[server.url] = failure
             except TimeoutError:
                 failures[server.url] = _Failure(f"no answer within {self.settings.connect_timeout_s:g} s")
-            except self._http.TransportError as error:
+            except self._errors as error:
                 failures[server.url] = _transport_failure(error)
         raise _no_token(failures)
 
@@ -124,7 +128,7 @@ class VllmBackend:
                     wait, what = self.settings.token_timeout_s, "further"
         except TimeoutError as error:
             raise _Failure(f"no {what} token within {wait:g} s", is_slow=True) from error
-        except self._http.TransportError as error:
+        except self._errors as error:
             raise _transport_failure(error) from error
         finally:
             server.busy -= 1
@@ -219,6 +223,8 @@ def _failure(url: str, status: int, content: bytes) -> "_Failure | RefragError":
         return MismatchError(f"The vLLM server at {url} serves another decoder ({said}): start it with  {SERVE}.")
     if "max_model_len" in said or "context length" in said:
         return _too_long(url, said)
+    if status == 400:  # a setting that it has other limits for, such as a temperature above 2
+        return InputError(f"The vLLM server at {url} refused the request ({said or reason}): change what it names, or check --vllm-url.")
     return BackendError(f"The vLLM server at {url} refused the request ({reason}): check that --vllm-url is a vLLM server, and update it.")
 
 
@@ -242,16 +248,25 @@ def _transport_failure(error: Exception) -> _Failure:
 
 
 def _message(content: bytes) -> str:
-    """The message of an error reply: that of OpenAI's shape, else its first line."""
+    """The message of an error reply: {"error": {"message": …}}, {"error": …}, or else its text."""
     text = content.decode(errors="replace")
     try:
-        return _line(json.loads(text)["error"]["message"])
+        error = json.loads(text)["error"]
+        return _line(error["message"] if isinstance(error, dict) else error)
     except (ValueError, LookupError, TypeError):
         return _line(text)
 
 
 def _line(text: str) -> str:
     return " ".join(str(text).split())[:200].rstrip(" .")
+
+
+def _authorization(key: str) -> dict[str, str]:
+    """The header for a key. Raises InputError, which does not show it, for one that no header can hold."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError("The key of vLLM must be printable ASCII text: check the variable VLLM_API_KEY.")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _import_httpx() -> Any:
