@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from ..errors import InputError, NotFoundError
 from ..server.settings import LOOPBACK, ServerSettings
-from .options import Messages, ModelOptions
+from .options import EngineOptions, Messages, ModelOptions
 
 API_KEY = "REFRAG_API_KEY"
 
@@ -24,6 +24,7 @@ class Serve:
     """
 
     model: ModelOptions
+    engine: EngineOptions
     limits: ServerSettings
     messages: Messages
     index: Annotated[str | None, arg(metavar="FOLDER")] = None
@@ -57,9 +58,10 @@ class Serve:
 
         if self.index is not None:
             PassageIndex.open(self.index)
-        engine = Refrag(self.model.load(), index=self.index, reranker=self.reranker)
+        backend = self.engine.backend()
+        engine = Refrag(self.model.load(for_backend=backend is not None), index=self.index, reranker=self.reranker)
         settings = guarded(self.limits, self.host, model=self.model.model)
-        app = create_app(engine, settings, api_key=key, tracer=tracer)
+        app = create_app(engine, settings, api_key=key, tracer=tracer, backend=backend)
         address = f"[{self.host}]" if ":" in self.host else self.host
         run(app, settings, host=self.host, port=self.port, started=lambda port: console.print(f"Serving {settings.model_name} on http://{address}:{port} (docs: /docs)"))
         return 0
