@@ -3,11 +3,12 @@
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from ..config import POLICIES
+from ..config import POLICIES, GenerationSettings
 from ..errors import InputError, missing_extra
 from .views import Reading, View, views
 
@@ -33,14 +34,17 @@ POLICY_OF_CONTENT = "; ".join(
 def mount(app: Any, engine: Any, *, path: str = "/ui", reading: Reading | None = None, examples: Sequence[str] = ()) -> None:
     """Put the page of an engine that has an index into a FastAPI app. `reading` is what the controls start with.
 
+    One question is answered both ways before, so that no visitor's first figures are those of loading.
     Raises InputError for an engine without an index, MissingExtraError without Gradio.
     """
     if engine.index is None:
         raise InputError("The page asks about an index, this engine has none: build it with  Refrag.from_pretrained(…, index=…).")
     gradio = _gradio()
+    reading = reading or Reading()
+    _warm_up(engine, reading)
     gradio.mount_gradio_app(
         app,
-        _page(gradio, engine, reading or Reading(), examples),
+        _page(gradio, engine, reading, examples),
         path=path,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="green"),
         css=(files("refrag.page") / "page.css").read_text(encoding="utf-8"),
@@ -63,6 +67,12 @@ def serve(engine: Any, listener: socket.socket, *, started: Callable[[], object]
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     started()
     server.run(sockets=[listener])
+
+
+def _warm_up(engine: Any, reading: Reading) -> None:
+    once = replace(reading, top_k=1, generation=GenerationSettings(max_new_tokens=1))
+    for _ in views(engine, "Is it warm?", once):
+        pass
 
 
 def check_installed() -> None:
