@@ -25,26 +25,31 @@ def demo() -> list[str]:
 
 def latency() -> list[str]:
     """Time to first token from stored vectors against the bare decoder and plain RAG."""
-    from refrag.evaluation.latency import summary
-
     path = ROOT / "results" / "latency-llama-3.2-1b.json"
     content = json.loads(path.read_text())
-    return ["```", *str(summary(content)).rstrip().splitlines(), "```", "", f"`{content['provenance']['command']}` → `results/{path.name}`"]
+    work, systems, ratios = content["workload"], content["systems"], content["ratios"]
+    lines = ["| system | slots | p50 s | ratio, median [95 %] |", "|---|---|---|---|"]
+    shown = {"full": "full_over_cached", "uncached": "full_over_uncached", "cached": "cached_over_bare", "bare": None}
+    words = {"full_over_cached": "÷ cached", "full_over_uncached": "plain RAG ÷ this", "cached_over_bare": "÷ bare"}
+    for name, ratio in shown.items():
+        slots = work["full_slots"] if name == "full" else work["prompt_slots"]
+        value = ratios.get(ratio or "")
+        said = f"{words[str(ratio)]} {value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value else ""
+        lines.append(f"| {name} | {slots:,} | {systems[name]['p50_s']:.2f} | {said} |")
+    return [*lines, "", f"{content['rounds']} rounds{'' if content['steady'] else ', not steady'}; `{content['provenance']['command']}` → `results/{path.name}`"]
 
 
 def index() -> list[str]:
-    """Recall of the gold paragraph on SQuAD."""
+    """Recall of the gold paragraph on SQuAD, and the speed of indexing."""
     content = json.loads((ROOT / "results" / "squad_recall.json").read_text())
-    lines = ["| SQuAD dev, retrieval | recall@1 | recall@8 | MRR |", "|---|---|---|---|"]
-    for mode, row in content["modes"].items():
-        lines.append(f"| {mode} | {row['recall@1']:.3f} | {row['recall@8']:.3f} | {row['mrr']:.3f} |")
-    speed = json.loads((ROOT / "results" / "indexing-roberta-base.json").read_text())
-    alone, both = ("{median:.2f} [{low:.2f}, {high:.2f}]".format(**speed["speed"][name]) for name in ("over_encoder_forward", "over_both_encoders"))
-    return [
-        *lines, "", "`python benchmarks/squad_recall.py --out results/squad_recall.json` → `results/squad_recall.json`", "",
-        f"Indexing, roberta-base, {speed['settings']['rounds']} rounds: {alone} of the encoder's own best forward, {both} of it and the retrieval encoder's together: "
-        f"`{speed['provenance']['command']}` → `results/indexing-roberta-base.json`",
-    ]  # fmt: skip
+    recall = ", ".join(f"{mode} {row['recall@8']:.3f} (MRR {row['mrr']:.3f})" for mode, row in content["modes"].items())
+    lines = [f"- Recall@8 of the gold paragraph on SQuAD dev: {recall}. `python benchmarks/squad_recall.py` → `results/squad_recall.json`"]
+    for name in ("roberta-large", "roberta-base"):
+        path = ROOT / "results" / f"indexing-{name}.json"
+        speed = json.loads(path.read_text())
+        alone, both = ("{median:.2f} [{low:.2f}, {high:.2f}]".format(**speed["speed"][key]) for key in ("over_encoder_forward", "over_both_encoders"))
+        lines.append(f"- Indexing, {name}: {alone} of the encoder's own best forward, {both} of it and the retrieval encoder's together → `results/{path.name}`")
+    return lines
 
 
 TABLES = {"demo": demo, "latency": latency, "index": index}

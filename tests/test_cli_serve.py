@@ -87,6 +87,12 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch, cap
     assert "The API key must be some ASCII characters, REFRAG_API_KEY holds none or others: write one there." in capsys.readouterr().err
 
 
+def test_the_page_is_refused_beside_a_key(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("REFRAG_API_KEY", "secret")
+    assert main(["serve", "--page", "--model", "./never-looked-at"]) == 2
+    assert capsys.readouterr().err == "refrag: The page under /ui asks for no key, and this server has one: leave --page out, or run  refrag ui  beside it.\n"
+
+
 def test_this_machines_own_address_answers_to_its_own_names() -> None:
     assert guarded(ServerSettings(), "127.0.0.1", model="bundled").allowed_hosts == ("127.0.0.1", "localhost", "::1")
     assert guarded(ServerSettings(), "0.0.0.0", model="bundled").allowed_hosts == ()

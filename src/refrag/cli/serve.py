@@ -37,6 +37,8 @@ class Serve:
     """Port to listen on; 0: any free one."""
     api_key_file: Path | None = None
     """File whose first line is the key that requests must send as a bearer token; /health, /ready and /metrics need none."""
+    page: bool = False
+    """Show the live page of `refrag ui` under /ui too. It has no password, so it is refused beside an API key."""
     otel: bool = False
     """Send OpenTelemetry spans where the variables OTEL_EXPORTER_OTLP_… say."""
 
@@ -46,6 +48,8 @@ class Serve:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port must lie between 0 and 65535, was {self.port}.")
         key = self._api_key()
+        if self.page and key is not None:
+            raise InputError("The page under /ui asks for no key, and this server has one: leave --page out, or run  refrag ui  beside it.")
         if key is None and self.host not in LOOPBACK:
             logging.getLogger("refrag").warning("Whoever reaches %s can use this server: set %s, or listen on 127.0.0.1.", self.host, API_KEY)
         from ..server import create_app, run  # ahead of the model: a missing extra is said at once
@@ -59,9 +63,14 @@ class Serve:
         if self.index is not None:
             PassageIndex.open(self.index)
         backend = self.engine.backend()
-        engine = Refrag(self.model.load(for_backend=backend is not None), index=self.index, reranker=self.reranker)
+        of_page = self.engine.backend() if self.page else None  # one of its own: a backend belongs to one event loop
+        engine = Refrag(self.model.load(for_backend=backend is not None), index=self.index, reranker=self.reranker, backend=of_page)
         settings = guarded(self.limits, self.host, model=self.model.model)
         app = create_app(engine, settings, api_key=key, tracer=tracer, backend=backend)
+        if self.page:
+            from ..page import mount
+
+            mount(app, engine)
         address = f"[{self.host}]" if ":" in self.host else self.host
         run(app, settings, host=self.host, port=self.port, started=lambda port: console.print(f"Serving {settings.model_name} on http://{address}:{port} (docs: /docs)"))
         return 0
