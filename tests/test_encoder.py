@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import random
 import threading
 
 import pytest
@@ -16,6 +17,7 @@ from refrag.encoder import (
     encoder_inputs,
     encoder_window,
     fastest_dtype,
+    length_batches,
     pad_rows,
     pool,
     resolve_device,
@@ -62,6 +64,20 @@ def test_texts_equal_one_plain_call_each(make_encoder, encoder_tokenizer, kind, 
             hidden = encoder(**encoder_tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0]
             expected = hidden[0] if pooling == "cls" else hidden.mean(0)
             torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_by_hand():
+    assert list(length_batches([3, 5, 4], 10)) == [([1, 2], 5), ([0], 3)]
+    assert list(length_batches([3] * 7, 12)) == [([0, 1, 2, 3], 3), ([4, 5], 3), ([6], 3)]  # the last three: two, and one
+    assert list(length_batches([17, 5], 64, step=16)) == [([0, 1], 32)]
+    assert list(length_batches([50], 8)) == [([0], 50)]  # longer than a batch may be: alone
+    assert list(length_batches([], 8)) == []
+
+
+def test_few_shapes_occur():
+    rng = random.Random(0)
+    shapes = {(len(rows), width) for _ in range(300) for rows, width in length_batches([rng.randrange(3, 19) for _ in range(rng.randrange(1, 200))], 1280)}
+    assert len(shapes) < 100  # 217 without the powers of two
 
 
 def test_no_texts_give_no_vectors(make_encoder, encoder_tokenizer):
@@ -210,7 +226,7 @@ def test_encoding_reaches_nine_tenths_of_the_encoders_own_speed(encoder_tokenize
     """
     import time
 
-    from refrag.encoder import _batches
+    from refrag.encoder import length_batches
 
     torch.manual_seed(0)
     shape = {"vocab_size": 320, "hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -219,7 +235,7 @@ def test_encoding_reaches_nine_tenths_of_the_encoders_own_speed(encoder_tokenize
     rows = tokenize_texts(encoder_tokenizer, texts, window=60)
 
     def bare(batch_tokens: int) -> float:
-        batches = [pad_rows([rows[i] for i in batch], pad_id=1) for batch in _batches([len(row) for row in rows], batch_tokens)]
+        batches = [pad_rows([rows[i] for i in batch], pad_id=1) for batch, _ in length_batches([len(row) for row in rows], batch_tokens)]
         start = time.process_time()
         with torch.inference_mode():
             for ids, mask in batches:

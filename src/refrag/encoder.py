@@ -193,13 +193,18 @@ def encoder_inputs(
     return pad_rows(tokenize_texts(tokenizer, texts, window=encoder_window(encoder, tokenizer)), pad_id=tokenizer.pad_token_id or 0)
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers, longest rows first, in groups of at most `batch_tokens` tokens, padding included."""
+def length_batches(lengths: Sequence[int], batch_tokens: int, *, step: int = 1) -> Iterator[tuple[list[int], int]]:
+    """(row numbers, width), longest rows first, in batches of at most `batch_tokens` tokens, padded to a multiple of `step`.
+
+    The last rows, too few for a batch, are split into powers of two: a CPU keeps the kernels of every shape it has seen.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // lengths[order[start]])
-        yield order[start : start + size]
+        width = -(-lengths[order[start]] // step) * step
+        size, left = max(1, batch_tokens // width), len(order) - start
+        size = size if left >= size else 1 << left.bit_length() - 1
+        yield order[start : start + size], width
         start += size
 
 
@@ -223,7 +228,7 @@ def encode_texts(
     with torch.inference_mode():
         for start in range(0, len(texts), WINDOW_TEXTS):
             rows = tokenize_texts(tokenizer, texts[start : start + WINDOW_TEXTS], window=window)
-            for batch in _batches([len(row) for row in rows], batch_tokens):
+            for batch, _ in length_batches([len(row) for row in rows], batch_tokens):
                 ids, mask = pad_rows([rows[number] for number in batch], pad_id=tokenizer.pad_token_id or 0)
                 # without padding no mask: the encoder then skips it, and need not ask the device whether it is full
                 mask = None if len(rows[batch[-1]]) == ids.shape[1] else mask.to(device, non_blocking=True)

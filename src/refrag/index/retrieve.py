@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ..encoder import encode_batch, encoder_window, fastest_dtype, pad_rows, resolve_device, tokenize_texts
+from ..encoder import encode_batch, encoder_window, fastest_dtype, length_batches, pad_rows, resolve_device, tokenize_texts
 from ..errors import InputError, NotFoundError, missing_extra
 from ..hub import tokenizer_hash, weights_hash
 from ..text import Passage
@@ -105,12 +105,8 @@ class SentenceEncoder:
         rows = [self._cut(row) for row in tokenize_texts(self.tokenizer, texts, window=1 << 30)]
         vectors = np.empty((len(rows), self.width), np.float32)
         device = self.model.device
-        order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-        while order:
-            width = min(-(-len(rows[order[0]]) // _WIDTH_STEP) * _WIDTH_STEP, self.max_tokens)
-            size = max(1, _BATCH_TOKENS.get(device.type, 32768) // width)
-            batch, order = order[:size], order[size:]
-            ids, mask = pad_rows([rows[number] for number in batch], pad_id=self.tokenizer.pad_token_id or 0, width=width)
+        for batch, width in length_batches([len(row) for row in rows], _BATCH_TOKENS.get(device.type, 32768), step=_WIDTH_STEP):
+            ids, mask = pad_rows([rows[number] for number in batch], pad_id=self.tokenizer.pad_token_id or 0, width=min(width, self.max_tokens))
             pooled = encode_batch(self.model, ids.to(device), mask.to(device), self.pooling)
             vectors[batch] = torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
         return vectors
