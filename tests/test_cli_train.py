@@ -86,7 +86,7 @@ def test_a_stage_that_was_told_to_stop_has_its_own_exit_status(stages: Stages, c
 def test_a_report_that_cannot_be_written_is_a_warning(stages: Stages, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["train", "sft", "--data", "a"]) == 0
-    assert "WARNING: no report: The training report needs the package 'matplotlib'" in capsys.readouterr().err
+    assert "WARNING: no report: A report needs the package 'matplotlib'" in capsys.readouterr().err
 
 
 def test_only_the_first_process_speaks_and_writes(stages: Stages, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
