@@ -30,7 +30,7 @@ class View:
     facts: dict[str, Cell] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
-    examples: list[Content] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)
 
 
 PAPER_TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
