@@ -243,6 +243,25 @@ def test_a_dataset_on_the_hub_is_read_by_its_name(tmp_path, read, monkeypatch):
     assert [(passage.id, passage.text) for passage in read("someone/facts")] == [("a", "One."), ("b", "Two.")]
 
 
+def test_a_dataset_that_breaks_off_is_one_sentence(tmp_path, read, monkeypatch, caplog):
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_list([{"id": "a", "text": "One."}])
+    whole.save_to_disk(str(tmp_path / "saved"))
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(bytes(20))
+    with pytest.raises(InputError, match=r"saved: this dataset cannot be read \(.+\); save it again, or keep the rest with --skip-bad"):
+        read(tmp_path / "saved")
+
+    def rows():
+        yield {"id": "a", "text": "One."}
+        raise ValueError("the line is gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: {"train": rows()})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"someone/facts: this dataset cannot be read from here \(the line is gone\); get it again"):
+        read("someone/facts")
+    assert [passage.text for passage in read("someone/facts", skip_bad=True)] == ["One."]
+
+
 def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, read, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
@@ -251,7 +270,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, read, monkeypatch)
 
     monkeypatch.setattr(datasets, "load_dataset", absent)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotFoundError, match=r"There is no file or folder no/where, nor a dataset of this name on the hub \(Dataset 'no/where' doesn't exist\): check the name"):
+    with pytest.raises(NotFoundError, match=r"There is no file or folder no/where, and the hub gave no dataset of this name \(Dataset 'no/where' doesn't exist\): check the name"):
         read("no/where")
     with pytest.raises(NotFoundError, match=r"There is no file or folder no/where.txt: check the path"):
         read("no/where.txt")

@@ -63,6 +63,8 @@ class Ask:
             raise InputError("Passages must come from one place: give either --index FOLDER or --passages FILE.")
         if self.passages is not None:
             check_paths([self.passages])
+        if self.faiss is not None and (self.index is None or self.mode != "dense" or self.where is not None):
+            raise InputError("--faiss searches the vectors of an index by meaning: give --index, and leave --mode and --where out.")
         console = self.messages.console()
         from ..engine.answer import Request, render_summary, render_trace
 
@@ -89,8 +91,6 @@ class Ask:
         from ..engine.rerank import CANDIDATES
         from ..index import FaissRetriever
 
-        if engine.index is None or self.mode != "dense":
-            raise InputError("--faiss searches the vectors of an index by meaning: give --index, and leave --mode out.")
         return FaissRetriever(engine.index, index_factory=factory, top_k=self.top_k * (CANDIDATES if self.reranker else 1))
 
     def _answer(self, engine: Any, request: Any) -> Any:

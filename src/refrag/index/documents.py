@@ -250,17 +250,35 @@ def read_dataset(source: Source) -> Iterator[Document]:
         from datasets import load_dataset, load_from_disk
     except ImportError as error:
         raise missing_extra("datasets", "data", "Reading a Hugging Face dataset") from error
-    if source.path.is_dir():
-        loaded = load_from_disk(str(source.path))
-    else:
-        try:
-            loaded = load_dataset(str(source.path), streaming=True)
-        except Exception as error:  # errors of several libraries
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise NotFoundError(f"There is no file or folder {source.path}, nor a dataset of this name on the hub ({reason}): check the name.") from error
+    saved = source.path.is_dir()
+    try:
+        loaded = load_from_disk(str(source.path)) if saved else load_dataset(str(source.path), streaming=True)
+    except Exception as error:  # errors of several libraries
+        if saved:
+            source.on_bad(InputError(f"{source.path}: this dataset cannot be read ({_reason(error)}); save it again, or keep the rest with --skip-bad."))
+            return
+        raise NotFoundError(f"There is no file or folder {source.path}, and the hub gave no dataset of this name ({_reason(error)}): check the name.") from error
     for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
-        for number, row in enumerate(part, 1):
+        for number, row in enumerate(_readable(part, source), 1):
             yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
+
+
+def _readable(rows: Iterable[Any], source: Source) -> Iterator[Any]:
+    """The rows, up to where the dataset cannot be read any further."""
+    remaining = iter(rows)
+    while True:
+        try:
+            row = next(remaining)
+        except StopIteration:
+            return
+        except Exception as error:  # errors of several libraries
+            source.on_bad(InputError(f"{source.path}: this dataset cannot be read from here ({_reason(error)}); get it again, or keep the rest with --skip-bad."))
+            return
+        yield row
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def read_pdf(source: Source) -> Iterator[Document]:

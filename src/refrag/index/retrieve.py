@@ -193,8 +193,8 @@ class FaissRetriever:
             self.faiss.train(vectors)
             self.faiss.add(vectors)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise InputError(f"FAISS cannot make {index_factory!r} of {len(self.ids)} vectors ({reason}): try index_factory='Flat'.") from error
+            reason = str(error).strip().splitlines()[-1].rpartition(": ")[2]  # what stands before is a place in FAISS's source
+            raise InputError(f"FAISS cannot make {index_factory!r} of {len(self.ids)} vectors ({reason}): try Flat.") from error
 
     def search(self, question: str, *, top_k: int | None = None) -> list[Hit]:
         """The nearest passages by inner product of unit vectors."""
