@@ -52,8 +52,8 @@ class Arguments:
     """Chunks of the context."""
     output_tokens: int = 64
     """Tokens to predict after the context."""
-    reconstruction_steps: int = 600
-    cpt_steps: int = 300
+    reconstruction_steps: int = 400
+    cpt_steps: int = 200
     batch_size: int = 16
     """Rows a step."""
     learning_rate: float = 3e-3

@@ -52,14 +52,14 @@ class Arguments:
     runs: Path = Path("runs/selection")
     """Folder of the trainings."""
     train_questions: int = 4000
-    num_questions: int = 400
+    num_questions: int = 300
     """Held-out questions."""
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Budgets p."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps of each policy."""
-    supervised_steps: int = 200
+    supervised_steps: int = 150
     """Of these, the supervised start of `both`."""
     batch_size: int = 8
     learning_rate: float = 1e-3
