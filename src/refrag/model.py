@@ -326,7 +326,7 @@ class RefragModel(PreTrainedModel, GenerationMixin):
             hub.save_tokenizers(self, folder)
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """A saved model or adapter, from a folder or the hub, in eval mode.
 
         Takes what transformers takes (device_map, dtype, attn_implementation, quantization_config, revision, …) and
@@ -334,7 +334,7 @@ class RefragModel(PreTrainedModel, GenerationMixin):
         model, MismatchError when weights, config and tokenizers do not belong together.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        name = name and str(name)
+        name = pretrained_model_name_or_path and str(pretrained_model_name_or_path)
         download = {key: kwargs[key] for key in hub.DOWNLOAD_KWARGS if key in kwargs}
         config = kwargs.pop("config", None) or hub.read_config(RefragConfig, name, **download)
         hub.apply_overrides(config, kwargs)
@@ -344,7 +344,7 @@ class RefragModel(PreTrainedModel, GenerationMixin):
             hub.quantize_decoder_only(kwargs)
             kwargs |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
             with hub.readable_weights(name):
-                loaded: Any = super().from_pretrained(name, *args, **kwargs)
+                loaded: Any = super().from_pretrained(name, *model_args, **kwargs)
             model, info = loaded
             hub.check_loaded(name, info)
         if name is not None:
