@@ -30,6 +30,7 @@ from refrag.config import BUNDLED_MODEL
 from refrag.demo.almanac import Case, Question, cited, evaluation_cases, write_dataset
 from refrag.demo.lessons import overlapping
 from refrag.evaluation.provenance import result, write_result
+from refrag.evaluation.statistics import paired_difference
 from refrag.layout import lay_out, mix
 from refrag.model import RefragModel, load_model
 from refrag.text import PromptBuilder
@@ -173,9 +174,8 @@ def row_of(values: dict[str, list[float]]) -> dict[str, float]:
 
 def difference(better: Sequence[float], worse: Sequence[float], *, draws: int = 10_000) -> dict[str, Any]:
     """Mean of the paired differences, with the 95 % interval of a bootstrap over the items."""
-    gaps = np.asarray(better) - np.asarray(worse)
-    means = gaps[np.random.default_rng(0).integers(len(gaps), size=(draws, len(gaps)))].mean(1)
-    return {"mean": round(float(gaps.mean()), 4), "interval": [round(float(bound), 4) for bound in np.quantile(means, (0.025, 0.975))]}
+    mean, low, high = paired_difference(better, worse, resamples=draws)
+    return {"mean": round(mean, 4), "interval": [round(low, 4), round(high, 4)]}
 
 
 def claims(values: dict[str, dict[str, list[float]]], fractions: Sequence[float]) -> dict[str, Any]:

@@ -34,3 +34,8 @@ class BackendError(RefragError, RuntimeError):
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """The one message for a missing optional dependency: `purpose` needs `package`, install `refrag[extra]`."""
     return MissingExtraError(f"{purpose} needs the package {package!r}: install it with  pip install 'refrag[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, to stand between brackets in a sentence of ours; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")[:200]

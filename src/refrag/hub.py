@@ -29,7 +29,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
 from . import __version__
-from .errors import BackendError, InputError, MismatchError, NotFoundError, RefragError, missing_extra
+from .errors import BackendError, InputError, MismatchError, NotFoundError, RefragError, first_line, missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +224,6 @@ def is_adapter_key(key: str) -> bool:
 
 def _part(key: str) -> str:
     return key.split(".", 1)[0]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")[:200]
 
 
 # ── saving ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from . import hub
 from .config import resolve_model
 from .encoder import POOLINGS, Projector, encode_batch, encode_texts, fastest_dtype, resolve_device
-from .errors import BackendError, InputError, NotFoundError
+from .errors import BackendError, InputError, NotFoundError, first_line
 from .layout import Layout, MixedInputs, mix
 from .policy import MlpPolicy, TransformerPolicy
 from .text import Prompt
@@ -405,7 +405,7 @@ def _load_part(part: str, source: Any, tokenizer: Any, settings: dict[str, Any],
     try:
         return auto.from_pretrained(source, revision=revision, **kwargs), tokenizer or AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise NotFoundError(f"The {part} {source!r} could not be loaded ({hub.first_line(error)}): check the name or the folder.") from error
+        raise NotFoundError(f"The {part} {source!r} could not be loaded ({first_line(error)}): check the name or the folder.") from error
 
 
 def load_model(name: str | os.PathLike[str], *, device: str = "auto", dtype: str | torch.dtype = "auto", kind: type[RefragModel] = RefragModel, **kwargs: Any) -> RefragModel:
@@ -427,7 +427,7 @@ def load_model(name: str | os.PathLike[str], *, device: str = "auto", dtype: str
     try:
         return model.to(target)
     except RuntimeError as error:  # torch's out-of-memory errors too
-        raise BackendError(f"The model could not be put on {target} ({hub.first_line(error)}): run the same command with --device cpu.") from error
+        raise BackendError(f"The model could not be put on {target} ({first_line(error)}): run the same command with --device cpu.") from error
 
 
 def _dtype(dtype: str | torch.dtype, name: str, device: torch.device, download: dict[str, Any]) -> torch.dtype:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, NotFoundError, missing_extra
+from ..errors import InputError, NotFoundError, first_line, missing_extra
 from .formats import question_rows
 from .rows import Kind, bad_row
 
@@ -99,7 +99,7 @@ def _saved(folder: Path, split: str) -> Source:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever its files can be damaged by
-        raise InputError(f"The saved data set {folder} cannot be read ({_first_line(error)}): save it again.") from error
+        raise InputError(f"The saved data set {folder} cannot be read ({first_line(error)}): save it again.") from error
     if isinstance(found, datasets.DatasetDict):
         wanted = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else "")
         if wanted not in found:
@@ -114,12 +114,8 @@ def _hub(name: str, split: str, streaming: bool) -> Source:
     try:
         found = datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # errors of several libraries
-        raise NotFoundError(f"No data {name!r} (split {split!r}) was found here or on the hub ({_first_line(error)}): check the name.") from error
+        raise NotFoundError(f"No data {name!r} (split {split!r}) was found here or on the hub ({first_line(error)}): check the name.") from error
     return Source(f"{name}:{split}", partial(_numbered, found, name), str(getattr(found, "_fingerprint", "")))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # ── readers ──
@@ -164,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | InputError]]:
                     text = bad_row(f"{path}, line {number}", f"this is not UTF-8 text (byte 0x{line[error.start]:02x})", "convert it")
                 yield number, text
     except _READ_ERRORS as error:
-        yield number + 1, bad_row(f"{path}, line {number + 1}", f"the file cannot be read from here ({_first_line(error)})", "copy it again")
+        yield number + 1, bad_row(f"{path}, line {number + 1}", f"the file cannot be read from here ({first_line(error)})", "copy it again")
 
 
 def _json(text: str, place: str) -> Any:
@@ -174,7 +170,7 @@ def _json(text: str, place: str) -> Any:
         line = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
         return bad_row(place, f"this is not JSON ({error.msg}, {line}column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
-        return bad_row(place, f"this is not JSON ({_first_line(error)})")
+        return bad_row(place, f"this is not JSON ({first_line(error)})")
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -232,7 +228,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError) as error:
         place = f"{path}, row {number + 1}"
-        yield place, bad_row(place, f"the file cannot be read from here ({_first_line(error)})", "copy it again")
+        yield place, bad_row(place, f"the file cannot be read from here ({first_line(error)})", "copy it again")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

@@ -58,16 +58,21 @@ def _serve() -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One sentence for an error; out of memory is recognised by its types and by what CUDA and the CPU allocator say."""
-    cause: BaseException | None = error
-    while cause is not None:
-        said = str(cause).lower()
-        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError" or "can't allocate memory" in said or "cannot allocate memory" in said:
-            return OUT_OF_MEMORY
-        cause = cause.__cause__
+    """One sentence for an error; out of memory is recognised in all its forms."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
     if isinstance(error, RefragError):
         return str(error)
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device or the machine ran out of memory, by the types and the words of CUDA and the allocators, in the error or behind it."""
+    if error is None:
+        return False
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(word in str(error).lower() for word in words)
+    return named or is_out_of_memory(error.__cause__)
 
 
 def measure_points(kind: str, points: Iterable[tuple[Mapping[str, Any], tuple[Any, ...]]], *, settings: Any) -> dict[str, Any]:

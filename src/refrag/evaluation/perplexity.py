@@ -22,8 +22,9 @@ from ..errors import InputError
 from ..model import MAX_LOGITS, RefragModel
 from ..policy import PolicyInputs, decide
 from ..text import Chunk, Passage, Prompt, PromptBuilder
+from .child import is_out_of_memory
 from .likelihood import token_nll
-from .qa import OUT_OF_MEMORY, is_out_of_memory
+from .qa import OUT_OF_MEMORY
 from .statistics import mean_interval
 from .tasks import RULES, PerplexitySettings, Progress
 

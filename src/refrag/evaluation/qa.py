@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..engine import Answer, Refrag, Request
 from ..errors import BackendError, InputError
 from ..text import Chunk
+from .child import is_out_of_memory
 from .metrics import ANSWER_METRICS, precision_recall, rouge, score_answer, scored_text
 from .provenance import result, write_result
 from .questions import Asked, draw_passages, evidence
@@ -120,12 +119,6 @@ def _alone(engine: Refrag, request: Request, outcome: Outcome) -> Answer | None:
         problem = str(error) if isinstance(error, InputError) else f"{OUT_OF_MEMORY}: {str(error).strip() or type(error).__name__}"
         outcome.problem = problem if problem.startswith(OUT_OF_MEMORY) else outcome.problem or problem
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine ran out of memory, in any of the words that torch has for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def score(outcome: Outcome, asked: Sequence[Asked], *, with_rouge: bool) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..errors import InputError, MismatchError, NotFoundError
-from ..hub import first_line, load_tokenizer
+from ..errors import InputError, MismatchError, NotFoundError, first_line
+from ..hub import load_tokenizer
 from ..model import RefragModel
 
 PARTS = ("encoder", "projector", "policy")

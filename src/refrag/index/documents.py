@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, NotFoundError, missing_extra
+from ..errors import InputError, NotFoundError, first_line, missing_extra
 
 log = logging.getLogger(__name__)
 
@@ -255,9 +255,9 @@ def read_dataset(source: Source) -> Iterator[Document]:
         loaded = load_from_disk(str(source.path)) if saved else load_dataset(str(source.path), streaming=True)
     except Exception as error:  # errors of several libraries
         if saved:
-            source.on_bad(InputError(f"{source.path}: this dataset cannot be read ({_reason(error)}); save it again, or keep the rest with --skip-bad."))
+            source.on_bad(InputError(f"{source.path}: this dataset cannot be read ({first_line(error)}); save it again, or keep the rest with --skip-bad."))
             return
-        raise NotFoundError(f"There is no file or folder {source.path}, and the hub gave no dataset of this name ({_reason(error)}): check the name.") from error
+        raise NotFoundError(f"There is no file or folder {source.path}, and the hub gave no dataset of this name ({first_line(error)}): check the name.") from error
     for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
         for number, row in enumerate(_readable(part, source), 1):
             yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
@@ -272,13 +272,9 @@ def _readable(rows: Iterable[Any], source: Source) -> Iterator[Any]:
         except StopIteration:
             return
         except Exception as error:  # errors of several libraries
-            source.on_bad(InputError(f"{source.path}: this dataset cannot be read from here ({_reason(error)}); get it again, or keep the rest with --skip-bad."))
+            source.on_bad(InputError(f"{source.path}: this dataset cannot be read from here ({first_line(error)}); get it again, or keep the rest with --skip-bad."))
             return
         yield row
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def read_pdf(source: Source) -> Iterator[Document]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import encode_batch, fastest_dtype
-from ..errors import InputError
-from ..hub import first_line
+from ..errors import InputError, first_line
 from .finite import explain, first_non_finite, same_random, type_name
 from .trainer import apart, next_token_loss
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, EarlyStoppingCallback, PrinterCallback, Pro
 from .. import hub
 from ..config import resolve_model
 from ..encoder import fastest_dtype, resolve_device
-from ..errors import InputError, missing_extra
+from ..errors import InputError, first_line, missing_extra
 from ..model import RefragConfig, RefragModel
 from .checkpoints import LOG_FILE, MODEL_FOLDER, RESULT_FILE, Bar, LogFile, StopOnSignal, checkpoints, claim, resolve, write_json
 from .settings import TrainSettings
@@ -237,6 +237,6 @@ def shape_of(settings: TrainSettings) -> dict[str, Any]:
         with torch.device("meta"):
             model = RefragModel(config)
     except (OSError, ValueError) as error:
-        logger.warning("The model's shape is not checked: %s", hub.first_line(error))
+        logger.warning("The model's shape is not checked: %s", first_line(error))
         return {}
     return {"parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}, "chunk_size": config.chunk_size}
