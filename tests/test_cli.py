@@ -134,13 +134,26 @@ def test_debug_shows_lengths_and_shapes(model: str, corpus: Path, capsys) -> Non
     assert "DEBUG: context tokens (" in said and "inputs_embeds (1, " in said and "decoded [3] tokens" in said
 
 
-def test_info(model: str, capsys) -> None:
+def test_info(model: str, index: str, capsys) -> None:
     assert main(["info", "--model", model, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["chunk_size"], values["device"], values["model"]) == (4, "cpu", model)
     assert values["decoder"].startswith("llama, ")
     assert main(["info", "--model", model]) == 0
     assert "chunk_size       4\n" in capsys.readouterr().out
+    assert main(["info", "--model", model, "--index", index, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["index"]["passages"] == 2
+
+
+def test_faiss_retrieves_and_its_scores_are_shown(model: str, index: str, capsys) -> None:
+    pytest.importorskip("faiss")
+    command = ["ask", QUESTION, "--index", index, "--model", model, "--json", "--quiet"]
+    assert main(command) == 0
+    exact = json.loads(capsys.readouterr().out)["passages"]
+    assert main([*command, "--faiss", "Flat"]) == 0
+    found = json.loads(capsys.readouterr().out)["passages"]
+    assert [own["id"] for own in found] == [own["id"] for own in exact]
+    assert [own["score"] for own in found] == pytest.approx([own["score"] for own in exact], abs=2e-3)
 
 
 # ── the index ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +174,7 @@ def test_the_life_of_an_index(model: str, corpus: Path, tmp_path: Path, capsys) 
     assert json.loads(run("build", str(corpus), "--storage", "int8"))["added"] == 2
     assert json.loads(run("build", str(corpus), "--storage", "int8"))["unchanged"] == 2  # finishes what there is
     assert json.loads(run("add", str(more)))["added"] == 1
-    assert json.loads(run("delete", "lamp", "nobody")) == {"deleted": 1}
+    assert json.loads(run("delete", "lamp", "nobody")) == {"deleted": 1, "unknown": ["nobody"]}
     info = json.loads(run("info", "--json"))
     assert (info["passages"], info["storage"]) == (2, "int8")
     assert "passages" in run("info")
@@ -351,7 +364,7 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
             ["ask", QUESTION, "--passages", CORPUS, "--model", MODEL, "--max-new-tokens", "510"],
             "more than the decoder's 512 positions: pass fewer passages or lower --max-new-tokens.",
         ),
-        (["ask", QUESTION, "--index", INDEX, "--top-k", "0", "--model", "./never-looked-at"], "top_k must be 1 or more, was 0"),
+        (["ask", QUESTION, "--index", INDEX, "--top-k", "0", "--model", "./never-looked-at"], "--top-k must be 1 or more, was 0: leave it out for 8."),
         (["ask", " ", "--index", INDEX, "--model", "./never-looked-at"], "The question must hold some text"),
         (["ask", QUESTION, "--index", MISSING, "--model", "./never-looked-at"], "There is no index at missing"),
         (["ask", "a\udc80b", "--index", INDEX, "--model", MODEL], "The question must be valid Unicode"),
@@ -362,9 +375,11 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
         (["ask", QUESTION, "--index", INDEX, "--policy", "similiarity"], "There is no policy 'similiarity' (did you mean 'similarity'?): choose one of none, all,"),
         (["ask", QUESTION, "--passages", CORPUS, "--model", MODEL, "--faiss", "Flat"], "--faiss searches the vectors of an index by meaning"),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--faiss", "Nonsense"], "FAISS cannot make 'Nonsense' of"),
+        (["ask", QUESTION, "--passages", CORPUS, "--where", "id = 'a'", "--mode", "text"], "nothing is retrieved: leave --where and --mode out, or make an index"),
+        (["ask", QUESTION, "--index", INDEX, "--policy", "none", "--expand-chunks", "4"], "The policy 'none' expands nothing, but a budget to expand was given"),
         (["demo", "--num-questions", "0"], "num_questions must be 1 or more, was 0."),
         (["demo", "--model", MISSING], "There is no model folder at ./missing: check --model."),
-        (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--top-k", "0"], "top_k must be 1 or more, was 0"),
+        (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--top-k", "0"], "--top-k must be 1 or more, was 0: leave it out for 8."),
         (["ask", QUESTION, "--index", INDEX, "--model", MODEL, "--where", "colour = 1"], "The filter 'colour = 1' cannot be used"),
         (["index", "build", "--index", "x"], "Nothing was named to read: give files or folders before --index."),
         (["index", "build", MISSING, "--index", "x", "--model", MODEL], "There is no file or folder missing: check the path."),

@@ -32,6 +32,10 @@ def test_budgets_that_hold(given: dict[str, Any]) -> None:
     ("settings", "given", "message"),
     [
         (Budget, {"expand_fraction": 1.5}, r"expand_fraction must lie between 0 and 1, was 1\.5: try 0\.1\."),
+        (Budget, {"expand_fraction": "0.5"}, r"expand_fraction must be a number, was '0\.5'\."),
+        (Budget, {"expand_fraction": True}, r"expand_fraction must be a number, was True\."),
+        (Budget, {"expand_chunks": True}, r"expand_chunks must be a whole number, was True\."),
+        (GenerationSettings, {"temperature": "hot"}, r"temperature must be a number, was 'hot'\."),
         (Budget, {"expand_fraction": -0.1}, "expand_fraction must lie between 0 and 1"),
         (Budget, {"expand_fraction": float("nan")}, "expand_fraction must lie between 0 and 1, was nan"),
         (Budget, {"expand_chunks": -1}, r"expand_chunks must be 0 or more, was -1\."),

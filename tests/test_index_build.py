@@ -360,7 +360,7 @@ def test_deleting_nothing_is_an_error(run, tmp_path):
     assert run("build", write(tmp_path / "good.jsonl", *GOOD))[0] == 0
     status, out, sentence = run("delete", "nope", "no")
     assert (status, out) == (2, "") and sentence.endswith("has no passage with the id nope, no: check the ids.")
-    assert json.loads(run("delete", "nope", "a")[1]) == {"deleted": 1}
+    assert json.loads(run("delete", "nope", "a")[1]) == {"deleted": 1, "unknown": ["nope"]}
 
 
 def test_an_unknown_retriever_is_said_at_once(caplog, capfd, monkeypatch):

@@ -25,8 +25,9 @@ def builder(tokenizer) -> PromptBuilder:
 def read(builder):
     """read(*paths, **settings): all passages."""
 
-    def read(*paths, skip_bad=False, encoding="utf-8", **settings):
-        return list(read_passages(paths, builder=builder, settings=IndexSettings(**settings), skip_bad=skip_bad, encoding=encoding))
+    def read(*paths, skip_bad=False, encoding="utf-8", text_column="text", subset=None, **settings):
+        reading = {"skip_bad": skip_bad, "encoding": encoding, "text_column": text_column, "subset": subset}
+        return list(read_passages(paths, builder=builder, settings=IndexSettings(**settings), **reading))
 
     return read
 
@@ -234,16 +235,58 @@ def test_reading_streams(tmp_path, builder):
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_dataset_on_the_hub_is_read_by_its_name(tmp_path, read, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub has every dataset."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
+    documents.check_on_hub.cache_clear()
+    yield
+    documents.check_on_hub.cache_clear()
+
+
+def test_a_dataset_on_the_hub_is_read_by_its_name(tmp_path, read, monkeypatch, hub):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "One."}\n{"id": "b", "text": "Two."}\n')
-    files, real = {"train": str(tmp_path / "rows.jsonl")}, datasets.load_dataset  # there is no hub here: the same rows, from a file
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: real("json", data_files=files, cache_dir=str(tmp_path / "cache"), **options))
+    (tmp_path / "more.jsonl").write_text('{"id": "c", "text": "Three."}\n')
+    files, real = {"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "more.jsonl")}, datasets.load_dataset
+    asked = []
+
+    def load_dataset(name, subset, **options):  # there is no hub here: the same rows, from files
+        asked.append((name, subset))
+        return real("json", data_files=files, cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
-    assert [(passage.id, passage.text) for passage in read("someone/facts")] == [("a", "One."), ("b", "Two.")]
+    assert [(passage.id, passage.text) for passage in read("someone/facts")] == [("a", "One."), ("b", "Two."), ("c", "Three.")]
+    assert [passage.id for passage in read("someone/facts:test", subset="small")] == ["c"]
+    assert asked == [("someone/facts", None), ("someone/facts", "small")]
+    with pytest.raises(NotFoundError, match=r"The hub gave no dataset someone/facts:nosplit \(.+\): check the name, its split \(owner/name:train\) and --subset"):
+        read("someone/facts:nosplit")
 
 
-def test_a_dataset_that_breaks_off_is_one_sentence(tmp_path, read, monkeypatch, caplog):
+def test_the_text_may_stand_in_another_column(tmp_path, read):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "body": "One.", "year": 7}\n{"body": 5}\n')
+    (tmp_path / "a.csv").write_text("id,body\nb,Two.\n")
+    with pytest.raises(InputError, match=r'a.jsonl, line 1: a row must have a string under "text" .*; name the column that holds it, such as --text-column body, or keep'):
+        read(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r'a.jsonl, line 2: a row must have a string under "body" or a list under "passages", has a int there; mend it'):
+        read(tmp_path / "a.jsonl", text_column="body")
+    passages = read(tmp_path, text_column="body", skip_bad=True)
+    assert [(passage.id, passage.text) for passage in passages] == [("b", "Two."), ("a", "One.")]
+    assert passages[1].metadata["year"] == 7 and "body" not in passages[1].metadata
+    with pytest.raises(InputError, match=r"a.csv: the header must name a column 'text', has id, body; name the column that holds the text, such as --text-column body"):
+        read(tmp_path / "a.csv")
+
+
+def test_where_everything_is_bad_that_is_said(tmp_path, read):
+    (tmp_path / "a.jsonl").write_text('{"text": 5}\nbroken\n')
+    with pytest.raises(InputError, match=r"Not one row or file could be read, 2 were bad; the first: .*a.jsonl, line 1: a row must have a string"):
+        read(tmp_path / "a.jsonl", skip_bad=True)
+
+
+def test_a_dataset_that_breaks_off_is_one_sentence(tmp_path, read, monkeypatch, hub):
     datasets = pytest.importorskip("datasets")
     whole = datasets.Dataset.from_list([{"id": "a", "text": "One."}])
     whole.save_to_disk(str(tmp_path / "saved"))
@@ -255,7 +298,7 @@ def test_a_dataset_that_breaks_off_is_one_sentence(tmp_path, read, monkeypatch, 
         yield {"id": "a", "text": "One."}
         raise ValueError("the line is gone")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: {"train": rows()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: {"train": rows()})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"someone/facts: this dataset cannot be read from here \(the line is gone\); get it again"):
         read("someone/facts")
@@ -263,12 +306,12 @@ def test_a_dataset_that_breaks_off_is_one_sentence(tmp_path, read, monkeypatch, 
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, read, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import huggingface_hub
 
-    def absent(name, **options):
+    def absent(self, name, *, timeout):
         raise FileNotFoundError(f"Dataset '{name}' doesn't exist.")
 
-    monkeypatch.setattr(datasets, "load_dataset", absent)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", absent)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFoundError, match=r"There is no file or folder no/where, and the hub gave no dataset of this name \(Dataset 'no/where' doesn't exist\): check the name"):
         read("no/where")
@@ -318,7 +361,7 @@ def test_bad_rows(tmp_path, read, caplog, name, content, message):
         read(tmp_path / name)
     with caplog.at_level("WARNING"):
         assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Two."]
-    assert "1 bad row or file was left out; the first: " in caplog.text and "--skip-bad" not in caplog.text
+    assert f"1 bad row or file was left out (1 in {tmp_path / name}); the first: " in caplog.text and "--skip-bad" not in caplog.text
 
 
 def test_a_quote_that_is_never_closed_is_no_cell(tmp_path, read, caplog):
@@ -343,7 +386,7 @@ def test_broken_files(tmp_path, read):
     with pytest.raises(InputError, match=r"b.txt.gz cannot be read"):
         read(tmp_path / "b.txt.gz")
     (tmp_path / "a.csv").write_text("id,body\n1,One.\n")
-    with pytest.raises(InputError, match=r"a.csv: the header must name a column 'text', has id, body"):
+    with pytest.raises(InputError, match=r"a.csv: the header must name a column 'text', has id, body; name the column"):
         read(tmp_path / "a.csv")
 
 
@@ -386,7 +429,7 @@ def test_a_badly_encoded_row_costs_that_row_only(tmp_path, read, caplog, name, c
         read(tmp_path / name)
     with caplog.at_level("WARNING"):
         assert [passage.text for passage in read(tmp_path / name, skip_bad=True)] == ["One.", "Zwölf."]
-    assert f"1 bad row or file was left out; the first: {tmp_path / name}, {where}: this is not utf-8 text" in caplog.text
+    assert f"1 bad row or file was left out (1 in {tmp_path / name}); the first: {tmp_path / name}, {where}: this is not utf-8 text" in caplog.text
     passages = read(tmp_path / name, encoding="latin-1")
     assert len(passages) == 3 and "ö" in passages[1].text + passages[1].title + passages[1].id
 
@@ -400,7 +443,7 @@ def test_a_badly_encoded_file_without_rows_is_named(tmp_path, read, caplog):
             read(tmp_path / name)
     with caplog.at_level("WARNING"):
         assert [passage.text for passage in read(tmp_path, skip_bad=True)] == ["One."]
-    assert "2 bad rows or files were left out; the first: " in caplog.text
+    assert f"2 bad rows or files were left out (1 in {tmp_path / 'bad.csv'}, 1 in {tmp_path / 'bad.json'}); the first: " in caplog.text
 
 
 def test_sources_are_files_read_to_their_end(tmp_path, builder):

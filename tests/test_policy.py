@@ -99,6 +99,13 @@ def test_all_expands_everything_or_says_why_not():
             run("all", inputs_of(), budget)
 
 
+def test_a_policy_of_ones_own_may_return_a_list_and_nothing_else():
+    assert run(lambda _: [0.0, 2.0, 1.0, 0.0], inputs_of(4), Budget(expand_chunks=1))[0].tolist() == [False, True, False, False]
+    for returned in ("abcd", None, [[1.0], [1.0, 2.0]]):
+        with pytest.raises(InputError, match=r"A policy must give one number per chunk, gave a \w+ \(.+\): return a tensor or a list of numbers"):
+            run(lambda _, given=returned: given, inputs_of(4), Budget(expand_chunks=1))
+
+
 def test_a_callable_is_a_policy():
     mask, scores = run(lambda inputs: torch.tensor([0.0, 3.0, 1.0, 2.0]), inputs_of(), Budget(expand_chunks=2))
     assert mask.tolist() == [False, True, False, True] and scores.tolist() == [0.0, 3.0, 1.0, 2.0]
@@ -151,7 +158,7 @@ def test_slots_stop_at_the_first_chunk_that_does_not_fit():
 
 @pytest.mark.parametrize("policy", ["none", "first", "all"])
 def test_a_prompt_over_the_slots_says_by_how_much(policy):
-    with pytest.raises(InputError, match=r"takes 30 slots with nothing expanded, 5 more than max_slots 25: raise --max-slots to 30, or lower --top-k"):
+    with pytest.raises(InputError, match=r"takes 30 slots with nothing expanded, 5 more than max_slots 25: raise --max-slots to 30, or read fewer passages with --top-k"):
         run(policy, inputs_of(), Budget(max_slots=25), base_slots=30)
 
 

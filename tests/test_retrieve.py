@@ -222,7 +222,7 @@ def test_faiss_flat_equals_exact_search(index):
     for question in ("Who established the port?", "the largest planet", "bread"):
         assert ids(retriever.search(question)) == ids(index.search(question, top_k=3, exact=True))
         assert [hit.score for hit in retriever.search(question)] == pytest.approx([hit.score for hit in index.search(question, top_k=3)], abs=2e-3)
-    assert retriever("bread")[0].id == "bread"
+    assert retriever("bread") == retriever.search("bread")
     assert len(retriever.search("bread", top_k=50)) == 5
 
 
@@ -233,6 +233,11 @@ def test_faiss_factory_strings(index):
         FaissRetriever(index, index_factory="Nonsense")
     with pytest.raises(InputError, match="FAISS cannot make 'IVF64,Flat' of 5 vectors"):
         FaissRetriever(index, index_factory="IVF64,Flat")
+    with pytest.raises(InputError, match="top_k must be 1 or more, was 0"):
+        FaissRetriever(index, top_k=0)
+    for given, sentence in (({"top_k": -1}, "top_k must be 1 or more, was -1"), ({"question": " "}, "The question must hold some text, was blank")):
+        with pytest.raises(InputError, match=sentence):
+            FaissRetriever(index).search(**{"question": "bread", **given})
 
 
 def test_faiss_is_an_extra(index, monkeypatch):

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,9 +26,15 @@ MAX_SEED = 2**63 - 1
 PolicyName = Literal["none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned"]
 
 
+def _check_number(name: str, value: Any) -> None:
+    """Raises InputError unless `value` is a number; a switch is none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputError(f"{name} must be a number, was {value!r}.")
+
+
 def check_whole(name: str, value: Any, *, minimum: int) -> None:
     """Raises InputError unless `value` is a whole number of `minimum` or more."""
-    if not isinstance(value, Integral):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise InputError(f"{name} must be a whole number, was {value!r}.")
     if int(value) < minimum:
         raise InputError(f"{name} must be {minimum} or more, was {value}.")
@@ -49,6 +55,8 @@ class Budget:
         given = [name for name in ("expand_fraction", "expand_chunks", "max_slots") if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"A budget is one of expand_fraction, expand_chunks and max_slots; {' and '.join(given)} were given: keep one.")
+        if self.expand_fraction is not None:
+            _check_number("expand_fraction", self.expand_fraction)
         if self.expand_fraction is not None and not 0 <= self.expand_fraction <= 1:
             raise InputError(f"expand_fraction must lie between 0 and 1, was {self.expand_fraction}: try 0.1.")
         if self.expand_chunks is not None:
@@ -88,6 +96,8 @@ class GenerationSettings:
         check_whole("seed", self.seed, minimum=0)
         if self.seed > MAX_SEED:
             raise InputError(f"seed must be at most {MAX_SEED}, was {self.seed}: take a smaller number.")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            _check_number(name, getattr(self, name))
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 or more, and finite, was {self.temperature}: 0 decodes greedily.")
         if not 0 < self.top_p <= 1:

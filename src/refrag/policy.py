@@ -7,6 +7,7 @@ never over the budget and always tight.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import POLICIES, Budget
 from .encoder import rms_normalize
-from .errors import InputError
+from .errors import InputError, first_line
 
 MASKED = -1e30
 """Logit of what cannot be picked: finite, so that no gradient becomes NaN."""
@@ -118,7 +119,7 @@ def select(
             over = base_slots - budget.max_slots
             raise InputError(
                 f"The prompt takes {base_slots} slots with nothing expanded, {over} more than max_slots {budget.max_slots}: "
-                f"raise --max-slots to {base_slots}, or lower --top-k."
+                f"raise --max-slots to {base_slots}, or read fewer passages with --top-k."
             )
         slots = base_slots + torch.cumsum(chunk_lengths[order] - 1, dim=0)
         num = int((slots <= budget.max_slots).sum())  # slots never falls, so this is a prefix of the order
@@ -153,6 +154,8 @@ def decide(
     Raises InputError for an unknown name, for `all` with a smaller budget, and as `select` does.
     """
     scores = _policy(policy, learned)(inputs)
+    if not isinstance(scores, Tensor):
+        scores = _as_scores(scores)
     if scores.shape != inputs.chunk_lengths.shape:
         raise InputError(f"A policy must give one score per chunk ({inputs.num_chunks}), the scores had shape {tuple(scores.shape)}.")
     if policy == "none" and budget.max_slots is None:
@@ -165,6 +168,14 @@ def decide(
             "leave the budget out, or choose another --policy."
         )
     return (torch.zeros_like(mask) if policy == "none" else mask), scores
+
+
+def _as_scores(scores: Any) -> Tensor:
+    """What a policy of one's own returned: a list or an array of numbers will do."""
+    try:
+        return torch.as_tensor(scores, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"A policy must give one number per chunk, gave a {type(scores).__name__} ({first_line(error)}): return a tensor or a list of numbers.") from error
 
 
 def _policy(policy: str | Policy, learned: nn.Module | None) -> Policy:

@@ -24,7 +24,10 @@ class Decoding(GenerationSettings):
 
 @dataclass(frozen=True)
 class Ask:
-    """Answer a question from passages: the answer streams to stdout, then a short table to stderr."""
+    """Answer a question from passages: the answer streams to stdout, then a short table to stderr.
+
+    The time to first token is that of a first question, which warms everything up; `refrag bench latency` measures a warm engine.
+    """
 
     question: Positional[str]
     """The question, between quotes."""
@@ -62,7 +65,14 @@ class Ask:
         if (self.index is None) == (self.passages is None):
             raise InputError("Passages must come from one place: give either --index FOLDER or --passages FILE.")
         if self.passages is not None:
+            given = [f"--{name}" for name in ("where", "reranker") if getattr(self, name) is not None] + ["--mode"] * (self.mode != "dense")
+            if given:
+                raise InputError(f"All passages of --passages are read, nothing is retrieved: leave {' and '.join(given)} out, or make an index and give --index.")
             check_paths([self.passages])
+        if self.top_k < 1:
+            raise InputError(f"--top-k must be 1 or more, was {self.top_k}: leave it out for {Ask.top_k}.")
+        if self.policy == "none" and (self.budget.expand_chunks or self.budget.expand_fraction):
+            raise InputError("The policy 'none' expands nothing, but a budget to expand was given: leave it out, or choose another --policy.")
         if self.faiss is not None and (self.index is None or self.mode != "dense" or self.where is not None):
             raise InputError("--faiss searches the vectors of an index by meaning: give --index, and leave --mode and --where out.")
         console = self.messages.console()
@@ -139,10 +149,12 @@ class Demo:
 
 @dataclass(frozen=True)
 class Info:
-    """Show versions, device and model."""
+    """Show versions, device and model, and what an index holds."""
 
     model: ModelOptions
     messages: Messages
+    index: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Index to show too, checked against the model."""
     as_json: AsJson = False
     """Print one JSON object."""
 
@@ -169,5 +181,9 @@ class Info:
             "policy": f"{config.policy['kind']}, {'trained' if model.has_trained_policy else 'not trained'}",
             "expand_fraction": config.expand_fraction,
         }
+        if self.index is not None:
+            from ..index import PassageIndex
+
+            values["index"] = PassageIndex.open(self.index, model=model).info()
         show(values, as_json=self.as_json)
         return 0

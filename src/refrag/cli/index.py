@@ -17,7 +17,7 @@ from .progress import Count, Gauge, passage_bar
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """Make an index of files and folders: txt, md, html, pdf, json, jsonl, csv, parquet (.gz too), and of Hugging Face datasets, saved ones or by hub name.
+    """Make an index of files and folders: txt, md, html, pdf, json, jsonl, csv, parquet (.gz too), and of Hugging Face datasets, saved ones or by hub name (owner/name, owner/name:split).
 
     After an interruption the same command finishes the rest. What a file no longer holds is removed.
     """
@@ -81,14 +81,16 @@ class IndexDelete:
     messages: Messages
 
     def run(self) -> int:
-        """Prints how many there were; none is an error."""
+        """Prints how many there were, and the ids that there were not; none at all is an error."""
         if not self.ids:
             raise InputError("Nothing was named to delete: give the ids of passages.")
         self.messages.console()
-        deleted = self.owner.open(self.index).delete(list(self.ids))
-        if not deleted:
-            raise NotFoundError(f"The index at {self.index} has no passage with the id {', '.join(self.ids[:3])}{'…' * (len(self.ids) > 3)}: check the ids.")
-        show({"deleted": deleted}, as_json=True)
+        index, ids = self.owner.open(self.index), list(dict.fromkeys(self.ids))
+        known = index.known(ids)
+        unknown = [identity for identity in ids if identity not in known]
+        if not known:
+            raise NotFoundError(f"The index at {self.index} has no passage with the id {', '.join(unknown[:3])}{'…' * (len(unknown) > 3)}: check the ids.")
+        show({"deleted": index.delete(ids)} | ({"unknown": unknown} if unknown else {}), as_json=True)
         return 0
 
 
@@ -134,7 +136,7 @@ class IndexVerify:
             return 1
         for problem in problems:
             print(problem)
-        console.print(f"{index.count:,} passages, {len(problems) or 'no'} problem{'s'[: len(problems) != 1]}")
+        console.print(f"{index.count:,} passage{'s'[: index.count != 1]}, {len(problems) or 'no'} problem{'s'[: len(problems) != 1]}")
         return 1 if problems else 0
 
 

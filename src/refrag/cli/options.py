@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from tyro.conf import UseAppendAction, arg
 
 from ..config import BUNDLED_MODEL, IndexSettings, VllmSettings
-from ..errors import InputError, NotFoundError
+from ..errors import InputError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 AsJson = Annotated[bool, arg(name="json")]
@@ -124,6 +124,10 @@ class Reading:
     """Leave out rows and files that cannot be read, and say how many, instead of stopping at the first."""
     encoding: str = "utf-8"
     """Encoding of text files."""
+    text_column: str = "text"
+    """Key or column of JSON, CSV, Parquet and dataset rows that holds the text."""
+    subset: str | None = None
+    """Subset (configuration) of datasets on the hub."""
 
     def passages(self, paths: Sequence[Path], model: Any, settings: IndexSettings, sources: set[str] | None = None) -> Iterator[Any]:
         """The passages of files and folders, one at a time, cut for this model; `sources` receives the files that were read whole."""
@@ -131,18 +135,16 @@ class Reading:
         from ..text import PromptBuilder
 
         builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
-        return read_passages(paths, builder=builder, settings=settings, skip_bad=self.skip_bad, encoding=self.encoding, sources=sources)
+        return read_passages(paths, builder=builder, settings=settings, sources=sources, **asdict(self))
 
 
 def check_paths(paths: Sequence[Path]) -> None:
     """Before a model is loaded."""
-    for path in paths:
-        if path.exists():
-            continue
-        from ..index.documents import is_hub_name
+    if missing := [path for path in paths if not path.exists()]:
+        from ..index.ingest import check_path
 
-        if not is_hub_name(path):
-            raise NotFoundError(f"There is no file or folder {path}: check the path.")
+        for path in missing:
+            check_path(path)
     if not paths:
         raise InputError("Nothing was named to read: give files or folders before --index.")
 

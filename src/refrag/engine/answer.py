@@ -82,6 +82,8 @@ class Request:
         if self.top_k == 0:
             raise InputError("top_k must be 1 or more, was 0: to answer without passages give an empty list of them.")
         check_whole("top_k", self.top_k, minimum=1)
+        if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):
+            raise InputError(f"The policy must be a name or a function that scores chunks, was {_kind(self.policy)}: choose one of {', '.join(POLICIES)}.")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise InputError(f"There is no policy {self.policy!r}{_nearest(self.policy, POLICIES)}: choose one of {', '.join(POLICIES)}.")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import BUNDLED_MODEL
 from ..encoder import encoder_window, tokenize_texts
 from ..errors import InputError
+from ..index.retrieve import Hit
 from ..layout import Layout, MixedInputs, lay_out, mix, num_slots
 from ..model import RefragModel, load_model
 from ..policy import PolicyInputs, decide
@@ -37,7 +38,8 @@ from .vectors import VectorSource
 log = logging.getLogger(__name__)
 
 Passages = Sequence[str | dict | Passage] | None
-Retriever = Callable[[str], Sequence[str | dict | Passage]]
+Retriever = Callable[[str], Sequence[str | dict | Passage | Hit]]
+"""Question -> passages, best first; a Hit brings its score, which the answer then shows."""
 Sink = Callable[[str], object]
 Found = tuple[Any, float | None]
 """A passage, as it was given, and its retrieval score."""
@@ -263,8 +265,11 @@ class Refrag:
         if self.retriever is not None:
             if request.where is not None:
                 raise InputError("The filter `where` belongs to an index, this engine has a retriever: filter in the retriever.")
-            given = passage_list(self.retriever(request.question), "What a retriever returns")
-            found = [(Passage.from_any(own, number), None) for number, own in enumerate(given, 1)][:wanted]
+            given = passage_list(self.retriever(request.question), "What a retriever returns")[:wanted]
+            found = [
+                (own.passage, float(own.score)) if isinstance(own, Hit) else (Passage.from_any(own, number), None)
+                for number, own in enumerate(given, 1)
+            ]
         elif self.index is not None:
             hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where, vector=vector)
             found = [(hit.passage, float(hit.score)) for hit in hits]

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from html.parser import HTMLParser
 from io import TextIOWrapper
@@ -21,7 +22,8 @@ BLOCK_CHARACTERS = 1_000_000
 """Plain text is read in blocks of about this size, which end at a blank line: a file of any size fits."""
 
 KNOWN = ("id", "text", "title", "metadata")
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?")
+"""`owner/name`, perhaps with a split: `owner/name:train`."""
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 """What Python's `surrogateescape` makes of a byte that an encoding cannot read."""
 
@@ -48,6 +50,10 @@ class Source:
     path: Path
     encoding: str
     on_bad: BadRow
+    text_column: str = "text"
+    """Key or column of a row that holds its text."""
+    subset: str | None = None
+    """Subset (configuration) of a dataset on the hub."""
 
     def open(self, *, errors: str = "strict", newline: str | None = None) -> TextIOWrapper:
         """The file as text, decompressed where its name ends in .gz; a byte order mark is not text."""
@@ -92,25 +98,24 @@ class Source:
         return self.path.name.removesuffix(".gz").rsplit(".", 1)[0]
 
 
-def from_row(row: Any, source: str, where: str, on_bad: BadRow) -> Iterator[Document]:
-    """The documents of one row: its `text`, or the texts under `passages` (question answering rows).
+def from_row(row: Any, source: str, where: str, on_bad: BadRow, text_column: str = "text") -> Iterator[Document]:
+    """The documents of one row: its `text_column`, or the texts under `passages` (question answering rows).
 
     The id is the row's, else made of title and a hash of both, so that the same passage has the same id everywhere.
     """
     if isinstance(row, str):
-        row = {"text": row}
+        row = {text_column: row}
     if isinstance(row, Mapping) and isinstance(row.get("passages"), list):
         for passage in row["passages"]:
-            yield from from_row(passage, source, where, on_bad)
+            yield from from_row(passage, source, where, on_bad, text_column)
         return
-    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
-        given = f"the keys {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
-        on_bad(InputError(f'{where}: a row must have a string under "text" or a list under "passages", has {given}; mend it, or keep the rest with --skip-bad.'))
+    if not isinstance(row, Mapping) or not isinstance(row.get(text_column), str):
+        on_bad(InputError(f'{where}: a row must have a string under "{text_column}" or a list under "passages", has {_given(row, text_column)}; {_mend(row)}.'))
         return
-    text, title = row["text"], str(row.get("title") or "")
+    text, title = row[text_column], str(row.get("title") or "")
     given_metadata = row.get("metadata")
     metadata = dict(given_metadata) if isinstance(given_metadata, Mapping) else {}
-    metadata |= {key: value for key, value in row.items() if key not in KNOWN and value is not None} | {"source": source}
+    metadata |= {key: value for key, value in row.items() if key not in (*KNOWN, text_column) and value is not None} | {"source": source}
     identity = row.get("id")
     for name, value in (("text", text), ("title", title), ("id", identity), ("metadata", metadata)):
         try:
@@ -123,6 +128,18 @@ def from_row(row: Any, source: str, where: str, on_bad: BadRow) -> Iterator[Docu
             return
     digest = sha256(f"{title}\0{text}".encode()).hexdigest()[:12]
     yield Document(f"{title}#{digest}" if identity is None or identity == "" else str(identity), text, title, metadata)
+
+
+def _given(row: Any, text_column: str) -> str:
+    if not isinstance(row, Mapping):
+        return f"a {type(row).__name__}"
+    return f"a {type(row[text_column]).__name__} there" if text_column in row else f"the keys {', '.join(map(str, row))}"
+
+
+def _mend(row: Any) -> str:
+    """What to do about a row without a text: another of its columns may be it."""
+    texts = [str(key) for key, value in row.items() if isinstance(value, str) and key not in KNOWN] if isinstance(row, Mapping) else []
+    return f"name the column that holds it, such as --text-column {texts[0]}, or keep the rest with --skip-bad" if texts else "mend it, or keep the rest with --skip-bad"
 
 
 def json_text(value: Any) -> str:
@@ -168,7 +185,7 @@ def read_json_lines(source: Source) -> Iterator[Document]:
         except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
             source.on_bad(InputError(f"{where}: this line is not JSON ({error}); mend it, or keep the rest with --skip-bad."))
             continue
-        yield from from_row(row, str(source.path), where, source.on_bad)
+        yield from from_row(row, str(source.path), where, source.on_bad, source.text_column)
 
 
 def read_json(source: Source) -> Iterator[Document]:
@@ -192,7 +209,7 @@ def read_json(source: Source) -> Iterator[Document]:
         if undecodable and (bad := source.escaped(json.dumps(row, ensure_ascii=False), where)):
             source.on_bad(bad)
             continue
-        yield from from_row(row, str(source.path), where, source.on_bad)
+        yield from from_row(row, str(source.path), where, source.on_bad, source.text_column)
 
 
 def read_csv(source: Source) -> Iterator[Document]:
@@ -204,18 +221,22 @@ def read_csv(source: Source) -> Iterator[Document]:
         if bad := source.escaped("".join(rows.fieldnames or ()), f"{source.path}, line 1"):
             source.on_bad(bad)
             return
-        if "text" not in (rows.fieldnames or ()):
-            source.on_bad(InputError(f"{source.path}: the header must name a column 'text', has {', '.join(rows.fieldnames or ['nothing'])}."))
+        if source.text_column not in (rows.fieldnames or ()):
+            names = list(rows.fieldnames or ["nothing"])
+            source.on_bad(InputError(
+                f"{source.path}: the header must name a column {source.text_column!r}, has {', '.join(names)}; "
+                f"name the column that holds the text, such as --text-column {names[-1] or 'text'}, or keep the rest with --skip-bad."
+            ))
             return
         for row in _csv_rows(rows, source):
             where = f"{source.path}, line {rows.line_num}"
             extra = row.pop(None, None)  # type: ignore[call-overload]
-            if extra or row["text"] is None:
+            if extra or row[source.text_column] is None:
                 source.on_bad(InputError(f"{where}: this row has {'more' if extra else 'fewer'} cells than the header; quote it, or keep the rest with --skip-bad."))
             elif bad := source.escaped("".join(filter(None, row.values())), where):
                 source.on_bad(bad)
             else:
-                yield from from_row(row, str(source.path), where, source.on_bad)
+                yield from from_row(row, str(source.path), where, source.on_bad, source.text_column)
 
 
 def _csv_rows(rows: csv.DictReader, source: Source) -> Iterator[dict[str, Any]]:
@@ -237,30 +258,36 @@ def read_parquet(source: Source) -> Iterator[Document]:
 
     try:
         with pq.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield from from_row(row, str(source.path), str(source.path), source.on_bad)
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad, source.text_column)
     except pa.ArrowInvalid as error:
-        source.on_bad(InputError(f"{source.path}: this is not a Parquet file ({error})."))
+        source.on_bad(InputError(f"{source.path}: this is not a Parquet file ({first_line(error)}); write it again, or keep the rest with --skip-bad."))
 
 
 def read_dataset(source: Source) -> Iterator[Document]:
-    """A Hugging Face dataset written by `save_to_disk`, or one on the hub by its name; all its splits, one after the other."""
+    """A Hugging Face dataset written by `save_to_disk`, or one on the hub by its name; all its splits, one after the other, or the one named."""
     try:
         from datasets import load_dataset, load_from_disk
     except ImportError as error:
         raise missing_extra("datasets", "data", "Reading a Hugging Face dataset") from error
     saved = source.path.is_dir()
     try:
-        loaded = load_from_disk(str(source.path)) if saved else load_dataset(str(source.path), streaming=True)
+        if saved:
+            loaded = load_from_disk(str(source.path))
+        else:
+            name, split = _hub_parts(source.path)
+            loaded = load_dataset(name, source.subset, split=split, streaming=True)
     except Exception as error:  # errors of several libraries
         if saved:
             source.on_bad(InputError(f"{source.path}: this dataset cannot be read ({first_line(error)}); save it again, or keep the rest with --skip-bad."))
             return
-        raise NotFoundError(f"There is no file or folder {source.path}, and the hub gave no dataset of this name ({first_line(error)}): check the name.") from error
+        raise NotFoundError(
+            f"The hub gave no dataset {source.path} ({first_line(error)}): check the name, its split (owner/name:train) and --subset."
+        ) from error
     for part in loaded.values() if isinstance(loaded, dict) else [loaded]:
         for number, row in enumerate(_readable(part, source), 1):
-            yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad)
+            yield from from_row(row, str(source.path), f"{source.path}, row {number}", source.on_bad, source.text_column)
 
 
 def _readable(rows: Iterable[Any], source: Source) -> Iterator[Any]:
@@ -371,6 +398,24 @@ READERS: dict[str, Callable[[Source], Iterable[Document]]] = {
 def is_hub_name(path: Path) -> bool:
     """Whether it can only be the name of a dataset on the hub: `owner/name`, no file or folder here, and no ending of a file that could be read."""
     return not path.exists() and _HUB_NAME.fullmatch(str(path)) is not None and Path(path.name.lower().removesuffix(".gz")).suffix not in READERS
+
+
+def _hub_parts(path: Path) -> tuple[str, str | None]:
+    """Name and split of `owner/name` or `owner/name:split`."""
+    found = _HUB_NAME.fullmatch(str(path))
+    assert found is not None
+    return found[1], found[2]
+
+
+@lru_cache
+def check_on_hub(path: Path) -> None:
+    """One request, without retries: raises NotFoundError when there is nothing at `path` and the hub does not answer or has no dataset of this name."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(_hub_parts(path)[0], timeout=10)
+    except Exception as error:  # of httpx, huggingface_hub and the name's own check
+        raise NotFoundError(f"There is no file or folder {path}, and the hub gave no dataset of this name ({first_line(error)}): check the name.") from error
 
 
 def reader_of(path: Path) -> Callable[[Source], Iterable[Document]] | None:

@@ -4,15 +4,17 @@ import logging
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from ..config import IndexSettings
 from ..errors import InputError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
-from .documents import READERS, Document, Source, is_hub_name, reader_of
+from .documents import READERS, Document, Source, check_on_hub, is_hub_name, reader_of
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +30,13 @@ def read_passages(
     settings: IndexSettings,
     skip_bad: bool = False,
     encoding: str = "utf-8",
+    text_column: str = "text",
+    subset: str | None = None,
     sources: set[str] | None = None,
 ) -> Iterator[Passage]:
     """Passages of files, folders (txt, md, html, pdf, json, jsonl, csv, tsv, parquet; .gz too), saved datasets and datasets on the hub, streamed.
+
+    A row's text stands under `text_column`; a dataset on the hub is `owner/name` or `owner/name:split`, of its `subset`.
 
     A passage has at most `settings.passage_tokens` decoder tokens. Longer rows, and all documents, become passages with `#1`,
     `#2`, … after the id; `source`, `start` and `end` (characters of the row's or document's text) are kept in the metadata.
@@ -43,13 +49,12 @@ def read_passages(
     except LookupError as error:
         raise InputError(f"There is no text encoding {encoding!r}: try --encoding utf-8 or --encoding latin-1.") from error
     files = [file for path in paths for file in _files(Path(os.path.normpath(path)))]
-    documents = _Documents(list(dict.fromkeys(files)), encoding, skip_bad, set() if sources is None else sources)
+    documents = _Documents(list(dict.fromkeys(files)), encoding, text_column, subset, skip_bad, set() if sources is None else sources)
     return _read(documents, Splitter(builder, settings))
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.exists() and not is_hub_name(path):
-        raise NotFoundError(f"There is no file or folder {path}: check the path.")
+    check_path(path)
     if reader_of(path):
         return [path]
     endings = ", ".join(ending[1:] for ending in READERS)
@@ -59,6 +64,15 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"The folder {path} holds no file that can be read: refrag reads {endings}.")
     return found
+
+
+def check_path(path: Path) -> None:
+    """Raises NotFoundError unless it is a file, a folder, or the name of a dataset that the hub has."""
+    if path.exists():
+        return
+    if not is_hub_name(path):
+        raise NotFoundError(f"There is no file or folder {path}: check the path.")
+    check_on_hub(path)
 
 
 def _inside(folder: Path) -> Iterator[Path]:
@@ -76,9 +90,13 @@ def _read(documents: "_Documents", splitter: "Splitter") -> Iterator[Passage]:
     for passage in splitter.split(documents):
         count += 1
         yield passage
-    if documents.num_bad:
-        what = "1 bad row or file was" if documents.num_bad == 1 else f"{documents.num_bad:,} bad rows or files were"
-        log.warning("%s left out; the first: %s", what, str(documents.first_bad).replace(", or keep the rest with --skip-bad", ""))
+    num_bad, first = documents.bad.total(), str(documents.first_bad).replace(", or keep the rest with --skip-bad", "")
+    if num_bad and not count:
+        raise InputError(f"Not one row or file could be read, {num_bad:,} {'was' if num_bad == 1 else 'were'} bad; the first: {first}")
+    if num_bad:
+        where = ", ".join(f"{number:,} in {file}" for file, number in documents.bad.most_common(5)) + ", …" * (len(documents.bad) > 5)
+        what = "1 bad row or file was" if num_bad == 1 else f"{num_bad:,} bad rows or files were"
+        log.warning("%s left out (%s); the first: %s", what, where, first)
     if not count:
         named = ", ".join(map(str, documents.files[:3])) + "…" * (len(documents.files) > 3)
         raise InputError(f"No passage with text was found in {named}: check that the files are not empty.")
@@ -90,40 +108,43 @@ class _Documents:
 
     files: list[Path]
     encoding: str
+    text_column: str
+    subset: str | None
     skip_bad: bool
     finished: set[str]
     """Files that were read to their end and without a bad row."""
-    num_bad: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows that could not be read, by file; a file that could not be read counts as one."""
     first_bad: InputError | None = None
 
     def __iter__(self) -> Iterator[Document]:
         for file in self.files:
-            before = self.num_bad
             yield from self._of(file)
-            if self.num_bad == before:
+            if not self.bad[str(file)]:
                 self.finished.add(str(file))
 
     def _of(self, path: Path) -> Iterator[Document]:
-        reader = reader_of(path)
+        reader, on_bad = reader_of(path), partial(self._on_bad, str(path))
         assert reader is not None
         try:
             str(path).encode()
-            yield from reader(Source(path, self.encoding, self._on_bad))
+            yield from reader(Source(path, self.encoding, on_bad, self.text_column, self.subset))
         except UnicodeEncodeError:
-            self._on_bad(InputError(f"The name of the file {str(path)!a} is not text in this system's encoding: rename it."))
+            on_bad(InputError(f"The name of the file {str(path)!a} is not text in this system's encoding: rename it."))
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            self._on_bad(InputError(f"{path} is not {self.encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."))
+            on_bad(InputError(f"{path} is not {self.encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."))
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, RefragError):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._on_bad(InputError(f"{path} cannot be read ({reason}): check the file, or keep the rest with --skip-bad."))
+            on_bad(InputError(f"{path} cannot be read ({reason}): check the file, or keep the rest with --skip-bad."))
 
-    def _on_bad(self, error: InputError) -> None:
+    def _on_bad(self, file: str, error: InputError) -> None:
         if not self.skip_bad:
             raise error
-        self.num_bad, self.first_bad = self.num_bad + 1, self.first_bad or error
+        self.bad[file] += 1
+        self.first_bad = self.first_bad or error
 
 
 class Splitter:

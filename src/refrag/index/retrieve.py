@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from ..config import check_whole
 from ..encoder import encode_batch, encoder_window, fastest_dtype, length_batches, pad_rows, resolve_device, tokenize_texts
 from ..errors import InputError, NotFoundError, missing_extra
 from ..hub import tokenizer_hash, weights_hash
@@ -116,7 +117,9 @@ class SentenceEncoder:
 
 
 def check_question(question: str) -> None:
-    """Raises InputError for a question with half a character in it, which no tokenizer takes."""
+    """Raises InputError for a blank question, and for one with half a character in it, which no tokenizer takes."""
+    if not isinstance(question, str) or not question.strip():
+        raise InputError("The question must hold some text, was blank.")
     try:
         question.encode()
     except UnicodeEncodeError as error:
@@ -177,11 +180,12 @@ def fuse(rankings: Sequence[Sequence[str]]) -> dict[str, float]:
 class FaissRetriever:
     """A FAISS index, held in memory, over the retrieval vectors of a passage index.
 
-    Callable (question -> passages), so it can be given to the engine as `retriever=`. Sees the passages of its making.
+    Callable (question -> hits), so it can be given to the engine as `retriever=`. Sees the passages of its making.
     """
 
     def __init__(self, index: "PassageIndex", *, index_factory: str = "Flat", top_k: int = 8) -> None:
-        """Raises MissingExtraError without faiss and InputError for a string that FAISS's `index_factory` refuses."""
+        """Raises MissingExtraError without faiss and InputError for a string that FAISS's `index_factory` refuses, or `top_k` below 1."""
+        check_whole("top_k", top_k, minimum=1)
         try:
             import faiss
         except ImportError as error:
@@ -189,7 +193,7 @@ class FaissRetriever:
         self.index, self.top_k = index, top_k
         self.ids, vectors = index.retrieval_vectors()
         try:
-            self.faiss = faiss.index_factory(vectors.shape[1], index_factory, faiss.METRIC_INNER_PRODUCT)
+            self.faiss = faiss.index_factory(vectors.shape[1], str(index_factory), faiss.METRIC_INNER_PRODUCT)
             self.faiss.train(vectors)
             self.faiss.add(vectors)
         except RuntimeError as error:
@@ -197,12 +201,15 @@ class FaissRetriever:
             raise InputError(f"FAISS cannot make {index_factory!r} of {len(self.ids)} vectors ({reason}): try Flat.") from error
 
     def search(self, question: str, *, top_k: int | None = None) -> list[Hit]:
-        """The nearest passages by inner product of unit vectors."""
+        """The nearest passages by inner product of unit vectors. Raises InputError for a blank question and `top_k` below 1."""
+        top_k = self.top_k if top_k is None else top_k
+        check_whole("top_k", top_k, minimum=1)
+        check_question(question)
         vector = self.index.retriever.encode_question(question)[None]
-        scores, rows = self.faiss.search(vector, top_k or self.top_k)
+        scores, rows = self.faiss.search(vector, top_k)
         found = {self.ids[row]: float(score) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0}
         passages = self.index.passages(list(found))
         return [Hit(passages[identity], score) for identity, score in found.items() if identity in passages]
 
-    def __call__(self, question: str) -> list[Passage]:
-        return [hit.passage for hit in self.search(question)]
+    def __call__(self, question: str) -> list[Hit]:
+        return self.search(question)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import BUNDLED_MODEL, IndexSettings, resolve_model
+from ..config import BUNDLED_MODEL, IndexSettings, check_whole, resolve_model
 from ..errors import InputError, MismatchError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
 from .documents import json_text
@@ -255,10 +255,7 @@ class PassageIndex:
         """
         if mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, was {mode!r}.")
-        if top_k < 1:
-            raise InputError(f"top_k must be 1 or more, was {top_k}.")
-        if not question.strip():
-            raise InputError("The question must hold some text, was blank.")
+        check_whole("top_k", top_k, minimum=1)
         check_question(question)
         try:
             if mode == "text":
@@ -293,6 +290,10 @@ class PassageIndex:
         rows = self.table.rows(ids, ("id", "text", "chunk_embeds"))
         vectors = unpack(rows["chunk_embeds"], self.settings.storage, self.manifest.encoder_width)
         return dict(zip(rows["id"].to_pylist(), zip(rows["text"].to_pylist(), vectors, strict=True), strict=True))
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Which of these ids there are."""
+        return set(self.table.rows(ids, ("id",))["id"].to_pylist())
 
     def passages(self, ids: Sequence[str]) -> dict[str, Passage]:
         """Passages by id; unknown ids are left out."""
