@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..index.retrieve import Hit
 from ..layout import Layout, MixedInputs, lay_out, mix, num_slots
 from ..model import RefragModel, load_model
-from ..policy import PolicyInputs, decide
+from ..policy import PolicyInputs, decide, learned_scores
 from ..text import Passage, Prompt, PromptBuilder, Turn
 from .answer import TIMING_KEYS, Answer, Options, Request, passage_list
 from .backend import Backend
@@ -223,8 +223,8 @@ class Refrag:
     def _prepare(self, requests: Sequence[Request], watch: Stopwatch) -> tuple[list[Row], Layout, MixedInputs]:
         """Everything before the decoder: passages, prompts, vectors, decisions, layout, mixed inputs."""
         with watch("retrieve_s"):
-            known = self._question_vectors(requests)
-            found = [self._passages(request, known.get(request.question)) for request in requests]
+            hits = self._search(requests)
+            found = [self._passages(request, own) for request, own in zip(requests, hits, strict=True)]
         with watch("prompt_s"):
             prompts = [self._prompt(request, own) for request, own in zip(requests, found, strict=True)]
             for request, prompt in zip(requests, prompts, strict=True):
@@ -232,8 +232,7 @@ class Refrag:
         with watch("vectors_s"):
             vectors = self.vectors.chunk_embeds(prompts, needed=[request.policy != "all" for request in requests])
         with watch("sense_s"):
-            questions = self._question_embeds(requests, prompts)
-            rows = [self._row(*parts) for parts in zip(requests, prompts, found, vectors, questions, strict=True)]
+            rows = self._rows(requests, prompts, found, vectors)
         with watch("layout_s"):
             layout = lay_out(prompts, [row.expand_mask for row in rows]).to(self.device)
             for slots, row in zip(layout.num_slots, rows, strict=True):
@@ -249,29 +248,40 @@ class Refrag:
         )
         return rows, layout, inputs
 
-    def _question_vectors(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Retrieval vectors of the questions of a group, embedded together; a single question is left to the index."""
-        asking = [request.question for request in requests if request.passages is None and request.mode != "text"]
-        if self.retriever is not None or self.index is None or len(asking) < 2:
-            return {}
-        return dict(zip(asking, self.index.retriever.encode_questions(asking), strict=True))
+    def _search(self, requests: Sequence[Request]) -> list[Sequence[Hit]]:
+        """What the index finds for each request; those that search it in the same way are looked for together."""
+        hits: list[Sequence[Hit]] = [()] * len(requests)
+        if self.index is None or self.retriever is not None:
+            return hits
+        alike: dict[tuple[str, str | None], list[int]] = {}
+        for number, request in enumerate(requests):
+            if request.passages is None:
+                alike.setdefault((request.mode, request.where), []).append(number)
+        for (mode, where), numbers in alike.items():
+            wanted = [self._wanted(requests[number]) for number in numbers]
+            found = self.index.search_batch([requests[number].question for number in numbers], top_k=max(wanted), mode=mode, where=where)
+            for number, own, count in zip(numbers, found, wanted, strict=True):
+                hits[number] = own[:count]
+        return hits
 
-    def _passages(self, request: Request, vector: Any = None) -> list[Found]:
-        """The passages to read with their retrieval scores, best first; `vector`: the question's for the index, where it is known."""
+    def _wanted(self, request: Request) -> int:
+        """How many passages to retrieve: more than are read where a reranker chooses among them."""
+        return request.top_k * (CANDIDATES if self.reranker else 1)
+
+    def _passages(self, request: Request, hits: Sequence[Hit]) -> list[Found]:
+        """The passages to read with their retrieval scores, best first; `hits`: those of the index."""
         if request.passages is not None:
             return [(passage, None) for passage in request.passages]
-        wanted = request.top_k * (CANDIDATES if self.reranker else 1)
         found: list[Found]
         if self.retriever is not None:
             if request.where is not None:
                 raise InputError("The filter `where` belongs to an index, this engine has a retriever: filter in the retriever.")
-            given = passage_list(self.retriever(request.question), "What a retriever returns")[:wanted]
+            given = passage_list(self.retriever(request.question), "What a retriever returns")[: self._wanted(request)]
             found = [
                 (own.passage, float(own.score)) if isinstance(own, Hit) else (Passage.from_any(own, number), None)
                 for number, own in enumerate(given, 1)
             ]
         elif self.index is not None:
-            hits = self.index.search(request.question, top_k=wanted, mode=request.mode, where=request.where, vector=vector)
             found = [(hit.passage, float(hit.score)) for hit in hits]
         else:
             raise InputError("There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=….")
@@ -295,20 +305,32 @@ class Refrag:
         default = "learned" if self.model.has_trained_policy else "similarity"
         return (request.policy or default) if prompt.chunks else "none"
 
-    def _row(self, request: Request, prompt: Prompt, found: list[Found], vectors: Float[Tensor, "_ enc"], question: Float[Tensor, "enc"] | None) -> Row:
-        """The policy's decision for one prompt."""
-        policy = self._policy(request, prompt)
-        lengths = torch.tensor([len(chunk.token_ids) for chunk in prompt.chunks], dtype=torch.long, device=self.device)
-        inputs = PolicyInputs(
+    def _rows(self, requests: Sequence[Request], prompts: Sequence[Prompt], found: Sequence[list[Found]], vectors: Sequence[Float[Tensor, "_ enc"]]) -> list[Row]:
+        """The policies' decisions; prompts that the learned policy decides are scored together."""
+        questions = self._question_embeds(requests, prompts)
+        inputs = [self._policy_inputs(*parts) for parts in zip(requests, prompts, vectors, questions, strict=True)]
+        learned = [number for number, parts in enumerate(zip(requests, prompts, strict=True)) if self._policy(*parts) == "learned"]
+        scores: dict[int, Tensor] = {}
+        if len(learned) > 1 and self.model.has_trained_policy:
+            scores = dict(zip(learned, learned_scores(cast(torch.nn.Module, self.model.policy), [inputs[number] for number in learned]), strict=True))
+        return [self._row(*parts, scores.get(number)) for number, parts in enumerate(zip(requests, prompts, found, inputs, strict=True))]
+
+    def _policy_inputs(self, request: Request, prompt: Prompt, vectors: Float[Tensor, "_ enc"], question: Float[Tensor, "enc"] | None) -> PolicyInputs:
+        """What a policy may look at for one prompt."""
+        return PolicyInputs(
             chunk_embeds=vectors,
-            chunk_lengths=lengths,
+            chunk_lengths=torch.tensor([len(chunk.token_ids) for chunk in prompt.chunks], dtype=torch.long, device=self.device),
             passage_index=torch.tensor([chunk.passage for chunk in prompt.chunks], dtype=torch.long, device=self.device),
             question_embeds=question,
             perplexity=lambda: self.model.chunk_perplexity(prompt),
             seed=request.generation.seed,
         )
+
+    def _row(self, request: Request, prompt: Prompt, found: list[Found], inputs: PolicyInputs, known: Tensor | None) -> Row:
+        """The policy's decision for one prompt; `known`: its scores, where they were computed already."""
+        policy = self._policy(request, prompt)
         mask, scores = decide(
-            policy,
+            policy if known is None else lambda _: known,
             inputs,
             budget=request.budget,
             base_slots=num_slots(prompt, [False] * len(prompt.chunks)),

@@ -243,37 +243,38 @@ class PassageIndex:
         """Number of passages."""
         return self.table.count
 
-    def search(
-        self, question: str, *, top_k: int = 8, mode: str = "dense", where: str | None = None, exact: bool = False, vector: np.ndarray | None = None
-    ) -> list[Hit]:
+    def search(self, question: str, *, top_k: int = 8, mode: str = "dense", where: str | None = None, exact: bool = False) -> list[Hit]:
         """The `top_k` best passages: by meaning (`dense`), by words (`text`, BM25), or by both rankings fused (`hybrid`).
 
         `where` is an SQL filter over id, title, text, num_chunks and metadata, for example
         `json_get_string(metadata, 'source') = 'a.txt'`. `exact` compares with every vector, however large the index.
-        `vector`: the question's, where `retriever.encode_questions` made it already.
         Raises InputError for another mode, a blank question, `top_k` below 1 and a filter that cannot be read.
         """
+        return self.search_batch([question], top_k=top_k, mode=mode, where=where, exact=exact)[0]
+
+    def search_batch(self, questions: Sequence[str], *, top_k: int = 8, mode: str = "dense", where: str | None = None, exact: bool = False) -> list[list[Hit]]:
+        """As `search`, for several questions: their vectors are made together, and one read looks for all of them."""
         if mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, was {mode!r}.")
         check_whole("top_k", top_k, minimum=1)
-        check_question(question)
+        for question in questions:
+            check_question(question)
+        depth = max(50, 4 * top_k) if mode == "hybrid" else top_k
         try:
-            if mode == "text":
-                return self._text(question, top_k, where)
-            vector = self.retriever.encode_question(question) if vector is None else vector
-            if mode == "dense":
-                return self._dense(vector, top_k, where, exact)
-            depth = max(50, 4 * top_k)
-            return _fused([self._dense(vector, depth, where, exact), self._text(question, depth, where)])[:top_k]
+            dense = self._dense(questions, depth, where, exact) if mode != "text" and questions else []
+            text = [self._text(question, depth, where) for question in questions] if mode != "dense" else []
         except (ValueError, RuntimeError) as error:
             if where is None or isinstance(error, RefragError):
                 raise
             reason = str(error).split(", /")[0].splitlines()[0]
             raise InputError(f"The filter {where!r} cannot be used ({reason}): write SQL such as  title = 'Paris'  or  json_get_string(metadata, 'source') = 'a.txt'") from error
+        if mode == "hybrid":
+            return [_fused(pair)[:top_k] for pair in zip(dense, text, strict=True)]
+        return dense or text
 
-    def _dense(self, vector: Float[np.ndarray, "width"], limit: int, where: str | None, exact: bool) -> list[Hit]:
-        rows = self.table.nearest(vector, PASSAGE_COLUMNS, limit=limit, where=where, exact=exact)
-        return _hits(rows, [1 - distance for distance in rows["_distance"].to_pylist()])
+    def _dense(self, questions: Sequence[str], limit: int, where: str | None, exact: bool) -> list[list[Hit]]:
+        tables = self.table.nearest(self.retriever.encode_questions(questions), PASSAGE_COLUMNS, limit=limit, where=where, exact=exact)
+        return [_hits(rows, [1 - distance for distance in rows["_distance"].to_pylist()]) for rows in tables]
 
     def _text(self, question: str, limit: int, where: str | None) -> list[Hit]:
         rows = self.table.matching(question, PASSAGE_COLUMNS, limit=limit, where=where)

@@ -170,16 +170,20 @@ class PassageTable:
         with readable(self.path):
             yield from batches
 
-    def nearest(self, vector: Any, columns: Sequence[str], *, limit: int, where: str | None, exact: bool) -> pa.Table:
-        """The rows whose vector has the largest inner product, `_distance` (1 - product) ascending."""
+    def nearest(self, vectors: Any, columns: Sequence[str], *, limit: int, where: str | None, exact: bool) -> list[pa.Table]:
+        """For each of the vectors [query width] the rows with the largest inner product, `_distance` (1 - product) ascending. One read for all."""
 
         def query(table: Any) -> pa.Table:
-            search = table.search(vector, vector_column_name="vector").distance_type("dot")
+            search = table.search(vectors if len(vectors) > 1 else vectors[0], vector_column_name="vector").distance_type("dot")
             search = search.bypass_vector_index() if exact else search.nprobes(NUM_PROBES)
             search = search.where(where, prefilter=True) if where else search
             return search.select([*columns, "_distance"]).limit(limit).to_arrow()
 
-        return self._read(query)
+        found = self._read(query)
+        if len(vectors) == 1:
+            return [found]
+        numbers = found["query_index"].to_numpy()
+        return [found.filter(pa.array(numbers == number)).sort_by("_distance") for number in range(len(vectors))]
 
     def matching(self, words: str, columns: Sequence[str], *, limit: int, where: str | None) -> pa.Table:
         """The rows that hold the words, by BM25, `_score` descending."""

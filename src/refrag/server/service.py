@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -53,6 +53,10 @@ class Service:
         self._places = asyncio.Semaphore(settings.max_running)
         self._to_prepare: list[tuple[Request, Future]] = []
         self._preparing: asyncio.Task[None] | None = None
+        self._prepare_s = 0.0
+        """What the last group took to prepare, in seconds."""
+        self._changed = asyncio.Event()
+        """A request has come or ended."""
         self._asking: set[asyncio.Task[Any]] = set()
         """Accepted requests that are not over."""
         self._cut_off = False
@@ -139,11 +143,13 @@ class Service:
             finally:
                 self.running -= 1
                 self._places.release()
+                self._changed.set()
 
     async def _prepared(self, request: Request) -> Prepared:
         """The request, prepared together with all that wait for it at the moment."""
         future: Future = asyncio.get_running_loop().create_future()
         self._to_prepare.append((request, future))
+        self._changed.set()
         if self._preparing is None or self._preparing.done():
             self._preparing = asyncio.create_task(self._prepare_all(), name="refrag-preparing")
         prepared = await future
@@ -154,9 +160,12 @@ class Service:
 
     async def _prepare_all(self) -> None:
         while self._to_prepare:
+            await self._gather()
             group = [pair for pair in self._to_prepare if not pair[1].done()]
             self._to_prepare.clear()
+            begin = time.perf_counter()
             results = await self.compute(lambda group=group: self._prepare([request for request, _ in group]))
+            self._prepare_s = time.perf_counter() - begin
             for (_, future), result in zip(group, results, strict=True):
                 if future.done():  # its reader has gone
                     continue
@@ -164,6 +173,17 @@ class Service:
                     future.set_exception(result)
                 else:
                     future.set_result(result)
+
+    async def _gather(self) -> None:
+        """Waits while more requests are being decoded than wait to be prepared, at most as long as the last group took to prepare.
+
+        So requests are prepared, and prefilled, in groups about as large as what is being decoded meanwhile, instead of one by one.
+        """
+        until = time.perf_counter() + self._prepare_s
+        while len(self._to_prepare) < self.running - len(self._to_prepare) and (left := until - time.perf_counter()) > 0:
+            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
 
     def _prepare(self, requests: Sequence[Request]) -> list[Prepared | Exception]:
         """In the worker. One request that cannot be answered does not harm the others."""
