@@ -199,6 +199,27 @@ def test_adding_streams(index):
     assert done == 80 and furthest <= 3 * index.settings.batch_size
 
 
+def test_new_passages_are_appended_and_only_known_ones_merged(index, monkeypatch):
+    calls = []
+    for name in ("append", "merge"):
+        method = getattr(index.table, name)
+        monkeypatch.setattr(index.table, name, lambda rows, name=name, method=method: calls.append(name) or method(rows))
+    passages, size = make_passages(40), index.settings.batch_size
+    assert index.add(passages)["added"] == 40 and calls == ["append"] * (40 // size)
+    calls.clear()
+    changed = replace(passages[0], text="Another text.")
+    assert index.add([changed, Passage("new", "A new one.")])["updated"] == 1 and calls == ["merge"]
+
+
+@pytest.mark.parametrize("distance", [1, 8, 16, 24, 32, 40])
+def test_an_id_that_comes_again_in_a_later_batch_is_stored_once(index, distance):
+    passages = make_passages(60)
+    passages[distance] = Passage(passages[0].id, "The text that stays.")
+    index.add(passages)
+    assert index.count == 59 and index.passages([passages[0].id])[passages[0].id].text == "The text that stays."
+    assert index.verify() == []
+
+
 def test_long_passages_make_small_batches(index, monkeypatch):
     monkeypatch.setattr(store, "BATCH_CHARACTERS", 50)
     sizes: list[int] = []

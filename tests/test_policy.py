@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refrag.config import POLICIES, Budget
 from refrag.errors import InputError
-from refrag.policy import MASKED, RULES, MlpPolicy, PolicyInputs, TransformerPolicy, decide, learned_rule, log_prob, sample, select
+from refrag.policy import MASKED, RULES, MlpPolicy, PolicyInputs, TransformerPolicy, decide, learned_rule, learned_scores, log_prob, sample, select
 
 
 def inputs_of(num_chunks: int = 4, **kwargs) -> PolicyInputs:
@@ -329,6 +329,13 @@ def test_learned_policy_decides_and_takes_the_top(policy):
     assert not scores.requires_grad
     half = policy.to(torch.bfloat16)
     assert run("learned", inputs, Budget(expand_chunks=2), learned=half)[0].sum() == 2
+
+
+def test_prompts_are_scored_together_as_alone(policy):
+    given = [inputs_of(count, question_embeds=torch.full((6,), float(count))) for count in (4, 1, 5, 7, 20, 4)] + [inputs_of(0, question_embeds=torch.ones(6))]
+    together = learned_scores(policy, given)
+    for inputs, scores in zip(given, together, strict=True):
+        torch.testing.assert_close(scores, learned_rule(policy)(inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_learned_policy_without_chunks_or_question(policy):

@@ -213,6 +213,19 @@ def test_approximate_search_when_large(tmp_path, tiny_model, monkeypatch):
     assert "new" in ids(index.search("founded founded founded", top_k=3))
 
 
+@pytest.mark.parametrize("mode", ["dense", "text", "hybrid"])
+def test_several_questions_are_searched_for_as_each_alone(index, mode):
+    questions = ["Who established the port?", "bread", "the largest planet", "bread"]
+    together = index.search_batch(questions, mode=mode, top_k=3)
+    for question, hits in zip(questions, together, strict=True):
+        alone = index.search(question, mode=mode, top_k=3)
+        assert ids(hits) == ids(alone)
+        assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in alone], abs=1e-4)
+    assert index.search_batch([], mode=mode) == []
+    with pytest.raises(InputError, match="The question must hold some text"):
+        index.search_batch(["bread", " "], mode=mode)
+
+
 # ── FAISS ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -278,6 +278,23 @@ def test_a_full_queue_says_when_to_come_back(engine: Refrag) -> None:
         assert "refrag:requests_refused_total 2.0" in served.get("/metrics").text
 
 
+def test_requests_gather_while_others_are_decoded(engine: Refrag, monkeypatch) -> None:
+    short = ASK | {"documents": [], "max_tokens": 2}
+    with serving(engine, ServerSettings(model_name="tiny", max_running=8)) as served, ThreadPoolExecutor(6) as pool:
+        service, groups = served.service, []
+        prepare = service._prepare
+        monkeypatch.setattr(service, "_prepare", lambda requests: groups.append(len(requests)) or prepare(requests))
+        running = [pool.submit(served.post, CHAT, endless()) for _ in range(3)]
+        until(lambda: len(service.backend.batch.rows) == 3)
+        groups.clear()
+        service._prepare_s = 60.0  # the longest wait; it ends when as many wait as are decoded
+        waiting = [pool.submit(served.post, CHAT, short) for _ in range(3)]
+        assert [reply.result().status_code for reply in waiting] == [200] * 3 and (groups == [3] or all(reply.done() for reply in running))
+        service._prepare_s = 0.01  # alone it waits no longer than this
+        assert served.post(CHAT, short).status_code == 200
+        assert [reply.result().status_code for reply in running] == [200] * 3
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_stops_the_decoding(served: Served, stream: bool) -> None:
     before = served.service.metrics.failed.labels("cancelled")._value.get()

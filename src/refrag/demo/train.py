@@ -115,7 +115,7 @@ def polish(args: argparse.Namespace) -> None:
 
 def policy(args: argparse.Namespace) -> None:
     """The policy learns from marked evidence to rank chunks for a question; encoder and decoder stay as they are."""
-    model = RefragModel.from_pretrained(args.start or args.output_dir / "polish").eval()
+    model = RefragModel.from_pretrained(resolve_model(args.start or args.output_dir / "polish"), dtype=torch.float32).eval()
     data, folder = PolicySteps(model, num_steps=args.num_steps, seed=args.seed + 3), args.output_dir / "policy"
     trainer = Trainer(model=PolicyWithGold(policy_of(model)), args=training_arguments(folder, args), train_dataset=data, data_collator=first)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -53,6 +53,8 @@ class _Batch:
     size: int
     """Passages read, those without changes included."""
     unchanged: int
+    is_new: bool
+    """No id of these passages is stored, or about to be."""
 
 
 class PassageIndex:
@@ -188,6 +190,7 @@ class PassageIndex:
 
     def _prepared(self, passages: Iterable[Passage], seen: Seen) -> Iterator[_Batch]:
         """Batches of passages that are not stored as they are, cut into chunks."""
+        unwritten: deque[Set[str]] = deque(maxlen=3)  # ids of the batch that is encoded, the one that is written, and one to spare
         for group in _groups(passages, self.settings.batch_size):
             unique, hashes = {passage.id: passage for passage in group}, {}
             for passage in group:
@@ -199,7 +202,9 @@ class PassageIndex:
             chunked = self._builder.chunk_batch([passage.text for passage in fresh])
             texts = [text[start:end] for own, text in zip(chunked, (passage.text for passage in fresh), strict=True) for start, end in own.spans]
             counts = [len(own.spans) for own in chunked]
-            yield _Batch(fresh, [hashes[passage.id] for passage in fresh], texts, counts, len(group), len(group) - len(fresh))
+            is_new = not stored and all(ids.isdisjoint(unique) for ids in unwritten)
+            unwritten.append(unique.keys())
+            yield _Batch(fresh, [hashes[passage.id] for passage in fresh], texts, counts, len(group), len(group) - len(fresh), is_new)
 
     def _encoded(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
         """Chunk vectors [chunk enc] and retrieval vectors [passage width] of a batch: the only step that runs networks."""
@@ -207,7 +212,8 @@ class PassageIndex:
         return self.model.encode(batch.chunk_texts).cpu().numpy(), self.retriever.encode_passages(batch.passages)
 
     def _write(self, batch: _Batch, embeds: np.ndarray, vectors: np.ndarray) -> tuple[int, int]:
-        counts = self.table.merge(self._rows(batch, embeds, vectors))
+        rows = self._rows(batch, embeds, vectors)
+        counts = (self.table.append(rows), 0) if batch.is_new else self.table.merge(rows)
         self._rows_since += len(batch.passages)
         if self._rows_since >= max(OPTIMIZE_ROWS, self.count - self._rows_since):
             self.optimize()

@@ -209,8 +209,14 @@ class PassageTable:
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def append(self, rows: pa.Table) -> int:
+        """Adds rows whose ids are all new, in one commit: unlike `merge` it looks at nothing else. Returns how many."""
+        with plain_errors(self.path):
+            self._table.add(rows)
+        return rows.num_rows
+
     def merge(self, rows: pa.Table) -> tuple[int, int]:
-        """Inserts new ids and replaces known ones, in one commit. Returns (inserted, replaced)."""
+        """Inserts new ids and replaces known ones, in one commit; takes more memory the larger the table is. Returns (inserted, replaced)."""
         with plain_errors(self.path):
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             result = merge.use_index(False).execute(rows)  # with the index, the memory of each merge grows with the table
