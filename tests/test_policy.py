@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from refrag.config import POLICIES, Budget
 from refrag.errors import InputError
-from refrag.policy import MASKED, RULES, MlpPolicy, PolicyInputs, TransformerPolicy, decide, learned_rule, learned_scores, log_prob, sample, select
+from refrag.policy import (
+    MASKED,
+    RULES,
+    MlpPolicy,
+    PolicyInputs,
+    TransformerPolicy,
+    decide,
+    learned_rule,
+    learned_scores,
+    log_prob,
+    sample,
+    select,
+)
 
 
 def inputs_of(num_chunks: int = 4, **kwargs) -> PolicyInputs:
