@@ -36,7 +36,7 @@ MODES = ("dense", "text", "hybrid")
 PASSAGE_COLUMNS = ("id", "title", "text", "metadata")
 BATCH_CHARACTERS = 1_000_000
 """A batch of passages ends at this size even if it holds fewer than `settings.batch_size`: long passages cannot exhaust the memory."""
-OPTIMIZE_ROWS = 16_384
+OPTIMIZE_ROWS = 4_096
 """While building, the table is optimised when this many rows, and as many as it had before, are new."""
 
 T = TypeVar("T")
