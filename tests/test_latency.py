@@ -222,12 +222,21 @@ def test_sizes_and_limits_by_hand(content: dict) -> None:
         return 2 * 64 * 8192 + slots * 2 * 2 * 36864 + (slots * (slots + 1) // 2) * 2 * 2 * 2 * 64
 
     projector = 24 * 2 * (32 * 256 + 256 * 64)  # 24 of 32 chunks are not expanded
-    encoder = 32 * 2 * (6 * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 2 * 6 * 6 * 32)  # 4 tokens and 2 special ones a chunk, 2 layers
+
+    def encoder_over(tokens: int) -> int:  # 2 layers
+        return 2 * (tokens * 2 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 2 * tokens * tokens * 32)
+
+    encoder = 32 * encoder_over(6)  # 4 tokens and 2 special ones a chunk
+    question = content["workload"]["policy"]["question_encoder_tokens"]
+    layer = 33 * 2 * (4 * 256 * 256 + 2 * 256 * 1024) + 2 * 2 * 33 * 33 * 256  # 32 chunks and the question
+    policy = 65 * 2 * 32 * 256 + 2 * 32 * 32 * 32 + 2 * layer + 32 * 2 * 256  # of chunks, passages and question; means of passages; logits
+    stored = projector + encoder_over(question) + policy
+    assert question > 2
     assert systems["bare"]["flops"] == decoder(104)
     assert systems["full"]["flops"] == decoder(176)
-    assert systems["cached"]["flops"] == systems["memory"]["flops"] == decoder(104) + projector
-    assert systems["uncached"]["flops"] == decoder(104) + projector + encoder
-    assert content["limits"]["full_over_cached"] == decoder(176) / (decoder(104) + projector)
+    assert systems["cached"]["flops"] == systems["memory"]["flops"] == decoder(104) + stored
+    assert systems["uncached"]["flops"] == decoder(104) + stored + encoder
+    assert content["limits"]["full_over_cached"] == decoder(176) / (decoder(104) + stored)
     assert systems["full"]["kv_bytes"] == 176 * content["workload"]["kv_bytes"] // 104
 
 

@@ -76,6 +76,13 @@ def projector_flops(projector: nn.Module, *, num_chunks: int, encoder_width: int
     return count(lambda: on_meta(torch.zeros(num_chunks, encoder_width, device="meta")))
 
 
+def policy_flops(policy: nn.Module, *, num_chunks: int, encoder_width: int) -> int:
+    """Operations of a learned policy over so many chunk vectors, the question's vector at hand."""
+    on_meta = copy.deepcopy(policy).to("meta").train()  # in eval mode torch fuses its layers into one that no counter sees
+    chunks, question = torch.zeros(1, num_chunks, encoder_width, device="meta"), torch.zeros(1, encoder_width, device="meta")
+    return count(lambda: on_meta(chunks, None, question_embeds=question))
+
+
 def _on_meta(auto_class: Any, config: Any) -> Any:
     """A model of the configuration without weights, with eager attention, in eval mode."""
     with torch.device("meta"):

@@ -19,11 +19,12 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import Budget
+from ..encoder import encoder_window, tokenize_texts
 from ..engine import Answer, Refrag
 from ..index import PassageIndex
 from ..model import RefragModel
 from .child import in_child, measure_points
-from .flops import decoder_law, encoder_flops, projector_flops
+from .flops import decoder_law, encoder_flops, policy_flops, projector_flops
 from .provenance import peak_rss_bytes, result, write_result
 from .rounds import Samples, System, interleave, percentiles, ratios
 from .settings import LatencySettings
@@ -91,7 +92,7 @@ def measure(settings: LatencySettings) -> dict[str, Any]:
     workload = Workload.make(model, settings)
     with make_index(model, workload, settings.index) as index:
         systems = build_systems(model, index, workload, settings)
-        work = describe(model, systems["cached"](workload.passages[: settings.num_passages]))
+        work = describe(model, systems["cached"](workload.passages[: settings.num_passages])) | sensing(model, workload, settings)
         sizes = sizes_of(model, work)
         samples = interleave(systems, RATIOS, workload.draws(settings), settings, seconds=_ttft)
         decoding = _measure_decoding(model, index, workload, settings, slots=work["prompt_slots"]) if settings.new_tokens > 1 else {}
@@ -237,14 +238,27 @@ def _parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def sensing(model: RefragModel, workload: Workload, settings: LatencySettings) -> dict[str, Any]:
+    """What the policy looks at: a learned one may read the question, with the encoder."""
+    is_learned = settings.policy == "learned"
+    reads = settings.policy == "similarity" or (is_learned and bool(getattr(model.policy, "question_aware", False)))
+    length = len(tokenize_texts(model.encoder_tokenizer, [workload.question], window=encoder_window(model.encoder, model.encoder_tokenizer))[0]) if reads else 0
+    return {"policy": {"name": settings.policy, "learned": is_learned, "question_encoder_tokens": length}}
+
+
 def sizes_of(model: RefragModel, work: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Per system: slots, bytes of the prompt's key-value cache, and FLOPs with the pairs that causal attention needs (`flops`) and
-    with the full square (`flops_counted`). Encoder and projector are counted, the policy (a fraction of a percent) is not.
+    with the full square (`flops_counted`). Encoder, projector and a learned policy are counted, and the encoder's reading of the question.
     """
     law, config, chunks = decoder_law(model.decoder.config), model.encoder.config, work["num_chunks"]
     encoding = encoder_flops(config, num_chunks=chunks, chunk_tokens=work["chunk_size"] + model.encoder_tokenizer.num_special_tokens_to_add())
     projecting = projector_flops(model.projector, num_chunks=chunks - work["expanded_chunks"], encoder_width=config.hidden_size)
-    besides = {"cached": projecting, "memory": projecting, "uncached": encoding + projecting, "bare": 0, "full": 0}
+    asked = work["policy"]["question_encoder_tokens"]
+    deciding = encoder_flops(config, num_chunks=1, chunk_tokens=asked) if asked else 0
+    if work["policy"]["learned"] and model.policy is not None:
+        deciding += policy_flops(model.policy, num_chunks=chunks, encoder_width=config.hidden_size)
+    stored = deciding + projecting
+    besides = {"cached": stored, "memory": stored, "uncached": encoding + stored, "bare": 0, "full": 0}
     slot_bytes = work["kv_bytes"] // work["prompt_slots"]
     slots = dict.fromkeys(besides, work["prompt_slots"]) | {"full": work["full_slots"]}
     return {
