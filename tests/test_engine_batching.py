@@ -51,7 +51,7 @@ def play(batch: RowBatch, rows: list[Row], rng: random.Random) -> None:
         room = 6 - len(batch.rows)
         if waiting and room and (not batch.rows or rng.random() < 0.4):
             count = rng.randint(1, min(room, len(waiting)))
-            batch.join(waiting[:count])
+            batch.join(batch.prefill(waiting[:count]))
             del waiting[:count]
         else:
             batch.step()
@@ -95,13 +95,13 @@ def test_cancelled_rows_leave_and_disturb_nobody() -> None:
     settings = GenerationSettings(max_new_tokens=10)
     rows = [Row(prompt, settings) for prompt in prompts]
     batch = RowBatch(decoder, frozenset([EOS]))
-    batch.join(rows)
+    batch.join(batch.prefill(rows))
     batch.step()
     rows[0].cancelled = rows[3].cancelled = True
     assert batch.step() == [rows[1], rows[2], rows[4], rows[5]]
     rows[5].cancelled = True
     late = Row(prompts[0], settings)
-    batch.join([late])
+    batch.join(batch.prefill([late]))
     while batch.rows:
         batch.step()
     assert [len(row.token_ids) for row in (rows[0], rows[3], rows[5])] == [2, 2, 3]
@@ -114,7 +114,7 @@ def test_columns_that_only_the_departed_needed_are_freed() -> None:
     long, short = prompts_of(decoder, 1, longest=200)[0].repeat(3, 1), prompts_of(decoder, 1)[0][:2]
     rows = [Row(long, GenerationSettings(max_new_tokens=2)), Row(short, GenerationSettings(max_new_tokens=6))]
     batch = RowBatch(decoder, frozenset([EOS]))
-    batch.join(rows)
+    batch.join(batch.prefill(rows))
     assert batch._cache.layers[0].keys.shape[2] == len(long)
     batch.step()
     assert batch.rows == [rows[1]]

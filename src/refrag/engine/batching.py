@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from .decoding import processors
 from .devices import backend_errors
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SHARED_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers whose cache is keys and values alone, so that rows can be put side by side."""
@@ -53,8 +55,17 @@ class Row:
         self.processors: Any = processors(self.settings, [self.settings.seed])
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """Rows whose prompts are in a cache of their own, each with its first token."""
+
+    rows: list[Row]
+    cache: Any
+    mask: Int[Tensor, "row slot"]
+
+
 class RowBatch:
-    """Rows that share the forwards of one decoder. Not safe to share between threads: one worker calls it."""
+    """Rows that share the forwards of one decoder. `prefill` touches nothing of it and may run beside the rest, which one worker calls."""
 
     def __init__(self, decoder: Any, end_ids: frozenset[int]) -> None:
         self.decoder = decoder
@@ -68,12 +79,8 @@ class RowBatch:
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     @torch.inference_mode()
-    def join(self, newcomers: Sequence[Row]) -> list[Row]:
-        """Prefills the prompts of `newcomers` together, gives each its first token, and puts them beside the rows that run.
-
-        Returns the newcomers; those that are over with one token leave at once.
-        """
-        self._drop()
+    def prefill(self, newcomers: Sequence[Row]) -> Prefilled:
+        """Reads the prompts of `newcomers` together and gives each its first token."""
         prompts = [row.prompt_embeds for row in newcomers if row.prompt_embeds is not None]
         width = max(map(len, prompts))
         embeds = torch.stack([F.pad(prompt, (0, 0, width - len(prompt), 0)) for prompt in prompts])
@@ -83,14 +90,20 @@ class RowBatch:
         for row in newcomers:
             row.prompt_embeds = None
         self._choose(newcomers, logits)
+        return Prefilled(list(newcomers), cache, mask)
+
+    @torch.inference_mode()
+    def join(self, prefilled: Prefilled) -> None:
+        """Puts rows beside those that run; rows that are over, with one token, leave at once."""
+        self._drop()
+        mask = prefilled.mask
         if self.rows:
-            _append(self._cache, cache)
+            _append(self._cache, prefilled.cache)
             mask = torch.cat([_padded(self._mask, mask.shape[1], dim=1), _padded(mask, self._mask.shape[1], dim=1)])
         else:
-            self._cache = cache
-        self.rows, self._mask = [*self.rows, *newcomers], mask
+            self._cache = prefilled.cache
+        self.rows, self._mask = [*self.rows, *prefilled.rows], mask
         self._drop()
-        return list(newcomers)
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
@@ -179,7 +192,10 @@ def _append(cache: Any, other: Any) -> None:
 
 
 class InProcessBackend:
-    """A `Backend` over the engine's own decoder. All its methods belong to one event loop; the forwards run in one thread of its own."""
+    """A `Backend` over the engine's own decoder. All its methods belong to one event loop; the forwards run in two threads of its own.
+
+    One reads the prompts of newcomers, the other takes the running rows from token to token meanwhile.
+    """
 
     name = "in-process"
 
@@ -193,7 +209,9 @@ class InProcessBackend:
         self.max_slots = max_slots
         if self.max_rows < max_rows:
             log.warning("Rows of this decoder cannot share a cache: it decodes one prompt at a time.")
-        self._worker = ThreadPoolExecutor(1, "refrag-decoder")
+        self._prefiller, self._worker = ThreadPoolExecutor(1, "refrag-prefill"), ThreadPoolExecutor(1, "refrag-decoder")
+        self._newcomers: list[Row] = []
+        """Rows whose prompts are being read."""
         self._waiting: deque[Row] = deque()
         self._loop: asyncio.Task[None] | None = None
         self._closed = False
@@ -224,21 +242,44 @@ class InProcessBackend:
         self._closed = True
         if self._loop is not None:
             await self._loop
+        self._prefiller.shutdown()
         self._worker.shutdown()
 
     async def _run(self) -> None:
-        """Joins and steps in turn until nobody is left."""
+        """Prompts are read while the rows step; what was read joins between two steps; until nobody is left."""
+        prefill: asyncio.Task[Prefilled | None] | None = None
         try:
-            while (self._waiting or self.batch.rows) and not self._closed:
-                running = self.batch.rows
-                if newcomers := self._admitted():
-                    await self._forward(partial(self.batch.join, newcomers), newcomers)
-                if running:
-                    await self._forward(self.batch.step, self.batch.rows)
+            while (self._waiting or self.batch.rows or prefill) and not self._closed:
+                if prefill is None and (newcomers := self._admitted()):
+                    self._newcomers = newcomers
+                    prefill = asyncio.create_task(self._prefill(newcomers), name="refrag-prefill")
+                if prefill is not None and (prefill.done() or not self.batch.rows):
+                    prefilled, prefill = await prefill, None
+                    if prefilled is not None:
+                        await self._forward(self._worker, partial(self.batch.join, prefilled), prefilled.rows)
+                    self._newcomers = []
+                else:
+                    self._told(await self._forward(self._worker, self.batch.step, self.batch.rows) or ())
         finally:
-            for row in (*self._waiting, *self.batch.clear()):
+            if prefill is not None:
+                await prefill
+            for row in (*self._waiting, *self._newcomers, *self.batch.clear()):
                 row.tokens.put_nowait(_closing())
             self._waiting.clear()
+
+    async def _prefill(self, newcomers: list[Row]) -> Prefilled | None:
+        """Reads prompts, and tells their readers the first tokens; None if that failed."""
+        prefilled = await self._forward(self._prefiller, partial(self.batch.prefill, newcomers), newcomers)
+        if prefilled is not None:
+            self._told(newcomers)
+        return prefilled
+
+    def _told(self, rows: Sequence[Row]) -> None:
+        """The newest token of each row to its reader, and whether it was the last."""
+        for row in rows:
+            row.tokens.put_nowait(row.token_ids[-1])
+            if self.batch.is_over(row):
+                row.tokens.put_nowait(None)
 
     def _admitted(self) -> list[Row]:
         """The next rows for which there is room, first come, first served."""
@@ -252,24 +293,22 @@ class InProcessBackend:
             self._waiting.popleft()
         return taken
 
-    async def _forward(self, work: Callable[[], list[Row]], rows: Sequence[Row]) -> None:
-        """One forward in the worker, then its tokens to their readers. If it fails, so do `rows`, which leave."""
+    async def _forward(self, worker: ThreadPoolExecutor, work: Callable[[], T], rows: Sequence[Row]) -> T | None:
+        """Some work in a worker. If it fails, so do `rows`, which leave, and the result is None."""
 
-        def guarded() -> list[Row]:
+        def guarded() -> T:
             with backend_errors(self.device):
                 return work()
 
         try:
-            for row in await asyncio.get_running_loop().run_in_executor(self._worker, guarded):
-                row.tokens.put_nowait(row.token_ids[-1])
-                if self.batch.is_over(row):
-                    row.tokens.put_nowait(None)
+            return await asyncio.get_running_loop().run_in_executor(worker, guarded)
         except Exception as error:
             if not isinstance(error, BackendError):
                 log.error("The decoder failed.", exc_info=error)
             for row in rows:
                 row.cancelled = True
                 row.tokens.put_nowait(error if isinstance(error, BackendError) else BackendError(f"The decoder failed ({type(error).__name__}): see the log."))
+            return None
 
 
 def _closing() -> BackendError:
