@@ -20,7 +20,7 @@ import torch
 from conftest import build_encoder, build_model, train_encoder_tokenizer, train_tokenizer
 
 from refrag.config import IndexSettings
-from refrag.errors import InputError, MismatchError, NotFoundError, RefragError
+from refrag.errors import BackendError, InputError, MismatchError, NotFoundError, RefragError
 from refrag.index import PassageIndex, store, table
 from refrag.index.manifest import Manifest
 from refrag.index.vectors import pack, row_type, unpack
@@ -220,6 +220,34 @@ def test_an_id_that_comes_again_in_a_later_batch_is_stored_once(index, distance)
     assert index.verify() == []
 
 
+@pytest.mark.parametrize("texts", ["ABA", "BBA", "AABAA", "BABA", "BCBCA"])
+def test_the_last_passage_of_an_id_stays_whatever_was_stored(tmp_path, tiny_model, settings, texts):
+    index = PassageIndex.create(tmp_path / "x", tiny_model, replace(settings, batch_size=1))
+    index.add([Passage("x", "Text A.")])
+    index.add([Passage("x", f"Text {name}.") for name in texts])
+    assert index.count == 1 and index.passages(["x"])["x"].text == "Text A."
+
+
+def test_a_second_writer_is_refused_and_the_index_stays_whole(index, monkeypatch):
+    passages = make_passages(8)
+    monkeypatch.setattr(table, "WRITER_PATIENCE_S", 0.1)
+    other = PassageIndex.open(index.path, model=index.model)
+    with other.table.writing():
+        for write in (lambda: index.add(passages), lambda: index.delete(["a"]), index.optimize):
+            with pytest.raises(BackendError, match=r"Another process is writing to the index at .*: wait until it is done, then run the same command again"):
+                write()
+    assert index.add(passages)["added"] == 8
+    assert other.add(passages)["unchanged"] == 8 and index.verify() == []
+
+
+def test_verify_finds_every_passage_that_is_stored_twice(index):
+    passages = make_passages(8)
+    index.add(passages)
+    rows = index.table._table.to_arrow()
+    index.table.append(rows.select(index.table.schema.names))
+    assert sorted(index.verify()) == sorted(f"Passage {passage.id!r} is stored twice." for passage in passages)
+
+
 def test_long_passages_make_small_batches(index, monkeypatch):
     monkeypatch.setattr(store, "BATCH_CHARACTERS", 50)
     sizes: list[int] = []
@@ -369,8 +397,8 @@ def test_optimize_joins_files_and_readers_survive_it(index, tiny_model, monkeypa
 def test_building_optimizes_on_the_way(index, monkeypatch):
     monkeypatch.setattr(store, "OPTIMIZE_ROWS", 16)
     sizes: list[int] = []
-    optimize = index.optimize
-    monkeypatch.setattr(index, "optimize", lambda: (sizes.append(index.count), optimize()))
+    optimize = index.table.optimize
+    monkeypatch.setattr(index.table, "optimize", lambda: (sizes.append(index.count), optimize()))
     index.add(make_passages(80))
     assert sizes == [16, 32, 64, 80]
 

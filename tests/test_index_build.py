@@ -236,7 +236,7 @@ def test_another_passage_length_is_refused(run, tmp_path):
         ({"id": "\ud800", "text": "One."}, "line 3: the id holds half a character"),
         ({"text": "One.", "metadata": {"x": "\ud800"}}, "line 3: the metadata holds half a character"),
         ('{"text": "One.", "n": ' + "9" * 5000 + "}", "line 3: this line is not JSON (Exceeds the limit"),
-        ('{"text": "One.", "n": NaN}', "line 3: The metadata of a passage must be JSON values"),
+        ('{"text": "One.", "n": Infinity}', "line 3: The metadata of a passage must be JSON values"),
     ],
 )
 def test_rows_that_cannot_be_stored(run, tmp_path, row, sentence):
@@ -344,7 +344,7 @@ def test_ids_given_twice_are_reported(tmp_path, tiny_model, caplog):
     with caplog.at_level(logging.WARNING, logger="refrag"):
         counts = index.add([Passage("a", "One."), Passage("b", "Two."), Passage("b", "Two."), Passage("a", "Three."), Passage("a", "Four.")])
     assert counts["duplicates"] == 2 and index.count == 2
-    assert "2 passages have the id of another, for example 'a', and only the last of each was kept" in caplog.text
+    assert "Passages with the id of another: 2, for example 'a'; only the last of each was kept" in caplog.text
     assert "duplicates" not in index.add([Passage("b", "Two."), Passage("b", "Two.")])
 
 

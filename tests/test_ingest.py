@@ -280,6 +280,20 @@ def test_the_text_may_stand_in_another_column(tmp_path, read):
         read(tmp_path / "a.csv")
 
 
+def test_a_row_keeps_its_own_source_and_start(tmp_path, read):
+    (tmp_path / "a.csv").write_text("id,text,source,start\na,One.,wiki,5\n")
+    [passage] = read(tmp_path / "a.csv")
+    assert passage.metadata == {"source": str(tmp_path / "a.csv"), "row_source": "wiki", "start": "5", "end": 4}
+
+
+def test_missing_values_of_pandas_are_left_out(tmp_path, read):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["One.", "Two."], "year": [1742.0, float("nan")]}), tmp_path / "a.parquet")
+    assert [passage.metadata.get("year") for passage in read(tmp_path / "a.parquet")] == [1742.0, None]
+
+
 def test_where_everything_is_bad_that_is_said(tmp_path, read):
     (tmp_path / "a.jsonl").write_text('{"text": 5}\nbroken\n')
     with pytest.raises(InputError, match=r"Not one row or file could be read, 2 were bad; the first: .*a.jsonl, line 1: a row must have a string"):

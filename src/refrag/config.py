@@ -6,7 +6,7 @@ What travels with the weights (chunk size, pooling, shapes) is `refrag.model.Ref
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -22,6 +22,7 @@ POLICIES = ("none", "all", "random", "first", "similarity", "perplexity", "perpl
 """Names accepted wherever a policy is chosen: seven fixed rules and the model's own learned policy."""
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 1_000_000
 
 PolicyName = Literal["none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned"]
 
@@ -32,12 +33,14 @@ def _check_number(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a number, was {value!r}.")
 
 
-def check_whole(name: str, value: Any, *, minimum: int) -> None:
-    """Raises InputError unless `value` is a whole number of `minimum` or more."""
+def check_whole(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:
+    """Raises InputError unless `value` is a whole number of `minimum` or more, and at most `maximum`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise InputError(f"{name} must be a whole number, was {value!r}.")
     if int(value) < minimum:
         raise InputError(f"{name} must be {minimum} or more, was {value}.")
+    if maximum is not None and int(value) > maximum:
+        raise InputError(f"{name} must be at most {maximum}, was {value}: take a smaller number.")
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,7 @@ class GenerationSettings:
         """A single stop string is taken as a tuple of one. Raises InputError for values out of range."""
         check_whole("max_new_tokens", self.max_new_tokens, minimum=1)
         check_whole("top_k", self.top_k, minimum=0)
-        check_whole("seed", self.seed, minimum=0)
-        if self.seed > MAX_SEED:
-            raise InputError(f"seed must be at most {MAX_SEED}, was {self.seed}: take a smaller number.")
+        check_whole("seed", self.seed, minimum=0, maximum=MAX_SEED)
         for name in ("temperature", "top_p", "repetition_penalty"):
             _check_number(name, getattr(self, name))
         if not 0 <= self.temperature < math.inf:
@@ -104,6 +105,8 @@ class GenerationSettings:
             raise InputError(f"top_p must lie above 0 and be at most 1, was {self.top_p}.")
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(f"repetition_penalty must lie above 0, and be finite, was {self.repetition_penalty}: 1 is no penalty.")
+        if not isinstance(self.stop, Iterable):
+            raise InputError(f"stop must be a text or a list of texts, was {self.stop!r}: leave it out to have none.")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise InputError(f"A stop string must hold at least one character, was {self.stop!r}: leave stop out to have none.")
@@ -167,12 +170,13 @@ class IndexSettings:
     """Passages encoded and written at a time: bounds the memory and the work lost when killed."""
 
     def __post_init__(self) -> None:
-        if self.passage_tokens < 1:
-            raise InputError(f"passage_tokens must be 1 or more, was {self.passage_tokens}.")
+        check_whole("passage_tokens", self.passage_tokens, minimum=1)
+        check_whole("overlap_tokens", self.overlap_tokens, minimum=0)
+        check_whole("batch_size", self.batch_size, minimum=1)
+        if self.storage not in ("float16", "int8"):
+            raise InputError(f"storage must be float16 or int8, was {self.storage!r}.")
         if not 0 <= self.overlap_tokens < self.passage_tokens:
             raise InputError(f"overlap_tokens must lie between 0 and passage_tokens ({self.passage_tokens}), was {self.overlap_tokens}.")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be 1 or more, was {self.batch_size}.")
 
 
 def resolve_model(name: str | os.PathLike[str]) -> str:

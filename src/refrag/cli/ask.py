@@ -41,8 +41,8 @@ class Ask:
     """Folder of the index to retrieve from."""
     passages: Path | None = None
     """File or folder of passages to read, all of them, instead of an index."""
-    top_k: int = 8
-    """Passages to retrieve."""
+    top_k: int | None = None
+    """Passages to retrieve; 8 if not given."""
     mode: Literal["dense", "text", "hybrid"] = "dense"
     """Retrieval by meaning, by words (BM25), or by both."""
     where: str | None = None
@@ -65,12 +65,14 @@ class Ask:
         if (self.index is None) == (self.passages is None):
             raise InputError("Passages must come from one place: give either --index FOLDER or --passages FILE.")
         if self.passages is not None:
-            given = [f"--{name}" for name in ("where", "reranker") if getattr(self, name) is not None] + ["--mode"] * (self.mode != "dense")
+            given = [f"--{name.replace('_', '-')}" for name in ("where", "reranker", "top_k") if getattr(self, name) is not None] + ["--mode"] * (self.mode != "dense")
             if given:
                 raise InputError(f"All passages of --passages are read, nothing is retrieved: leave {' and '.join(given)} out, or make an index and give --index.")
             check_paths([self.passages])
-        if self.top_k < 1:
-            raise InputError(f"--top-k must be 1 or more, was {self.top_k}: leave it out for {Ask.top_k}.")
+        elif self.reading != Reading():
+            raise InputError("How files are read belongs to --passages: leave --skip-bad, --encoding, --text-column and --subset out.")
+        if self.top_k is not None:
+            check_whole("--top-k", self.top_k, minimum=1)
         if self.policy == "none" and (self.budget.expand_chunks or self.budget.expand_fraction):
             raise InputError("The policy 'none' expands nothing, but a budget to expand was given: leave it out, or choose another --policy.")
         if self.faiss is not None and (self.index is None or self.mode != "dense" or self.where is not None):
@@ -78,8 +80,9 @@ class Ask:
         console = self.messages.console()
         from ..engine.answer import Request, render_summary, render_trace
 
-        names = "top_k", "policy", "budget", "system", "mode", "where"
-        request = Request(self.question, generation=self.decoding, **{name: getattr(self, name) for name in names})
+        names = "policy", "budget", "system", "mode", "where"
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | ({} if self.top_k is None else {"top_k": self.top_k})
+        request = Request(self.question, generation=self.decoding, **options)
         from ..engine import Refrag
         from ..index import PassageIndex
 
@@ -89,19 +92,19 @@ class Ask:
         model = self.model.load(for_backend=backend is not None)
         engine = Refrag(model, index=self.index, reranker=self.reranker, backend=backend)
         if self.faiss is not None:
-            engine.retriever = self._retriever(engine, self.faiss)
+            engine.retriever = self._retriever(engine, self.faiss, request.top_k)
         answer = self._answer(engine, request)
         if self.trace:
             console.print(render_trace(answer))
         console.print(render_summary(answer))
         return 0
 
-    def _retriever(self, engine: Any, factory: str) -> Any:
+    def _retriever(self, engine: Any, factory: str, top_k: int) -> Any:
         """FAISS over the index's vectors, as deep as the engine looks."""
         from ..engine.rerank import CANDIDATES
         from ..index import FaissRetriever
 
-        return FaissRetriever(engine.index, index_factory=factory, top_k=self.top_k * (CANDIDATES if self.reranker else 1))
+        return FaissRetriever(engine.index, index_factory=factory, top_k=top_k * (CANDIDATES if self.reranker else 1))
 
     def _answer(self, engine: Any, request: Any) -> Any:
         if self.passages is not None:

@@ -47,7 +47,10 @@ class IndexBuild:
 
 @dataclass(frozen=True)
 class IndexAdd:
-    """Add files and folders to an index; passages with a known id are updated, unchanged ones are not encoded again."""
+    """Add files and folders to an index; passages with a known id are updated, unchanged ones are not encoded again.
+
+    What a file no longer holds is removed.
+    """
 
     paths: Positional[tuple[Path, ...]]
     """Files and folders to read."""

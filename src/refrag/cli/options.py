@@ -81,8 +81,8 @@ class EngineOptions:
     def backend(self) -> Any:
         """The backend, None for this process. Raises InputError for a half-given choice, BackendError where no server answers."""
         if self.engine != "vllm":
-            if self.vllm_url:
-                raise InputError("An address of vLLM was given, but this process decodes: add --engine vllm.")
+            if self.vllm_url or self.vllm_model:
+                raise InputError(f"{'An address' if self.vllm_url else 'A model'} of vLLM was given, but this process decodes: add --engine vllm.")
             return None
         settings = VllmSettings(
             self.vllm_url, model=self.vllm_model, first_token_timeout_s=self.first_token_timeout_s, token_timeout_s=self.token_timeout_s

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from itertools import groupby
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
-from ..config import POLICIES, Budget, GenerationSettings, check_whole
+from ..config import MAX_TOP_K, POLICIES, Budget, GenerationSettings, check_whole
 from ..errors import InputError
 from ..text import Passage, Turn
 
@@ -78,10 +78,19 @@ class Request:
         """Raises InputError for what cannot be asked."""
         _check_question(self.question)
         object.__setattr__(self, "passages", None if self.passages is None else passage_list(self.passages, "passages"))
+        if isinstance(self.history, str | Mapping | Turn) or not isinstance(self.history, Iterable):
+            raise InputError(f"history must be a list of turns, was {_kind(self.history)}: put it between brackets.")
         object.__setattr__(self, "history", tuple(_turn(turn) for turn in self.history))
         if self.top_k == 0:
             raise InputError("top_k must be 1 or more, was 0: to answer without passages give an empty list of them.")
-        check_whole("top_k", self.top_k, minimum=1)
+        check_whole("top_k", self.top_k, minimum=1, maximum=MAX_TOP_K)
+        for name, kind in (("budget", Budget), ("generation", GenerationSettings)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"{name} must be a {kind.__name__}, was {_kind(getattr(self, name))}: pass its fields by name, or {kind.__name__}(…).")
+        if self.system is not None and not isinstance(self.system, str):
+            raise InputError(f"The system text must be a text, was {_kind(self.system)}.")
+        if self.mode not in get_args(SearchMode):
+            raise InputError(f"mode must be one of {', '.join(get_args(SearchMode))}, was {self.mode!r}.")
         if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):
             raise InputError(f"The policy must be a name or a function that scores chunks, was {_kind(self.policy)}: choose one of {', '.join(POLICIES)}.")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
@@ -150,7 +159,8 @@ def _turn(turn: Any) -> Turn:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

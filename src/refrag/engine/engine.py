@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import BUNDLED_MODEL
+from ..config import BUNDLED_MODEL, check_whole
 from ..encoder import encoder_window, tokenize_texts
 from ..errors import InputError
 from ..index.retrieve import Hit
@@ -82,6 +82,13 @@ class Refrag:
         Raises InputError for a model without tokenizers, MismatchError for an index of another model, NotFoundError where
         there is none.
         """
+        if not isinstance(model, RefragModel):
+            raise InputError(f"The model must be a RefragModel, was {model!r}: load one with Refrag.from_pretrained(name).")
+        if reranker is not None and not isinstance(reranker, str) and not callable(reranker):
+            raise InputError(f"reranker must be a name or a function (question, passages) -> scores, was {reranker!r}.")
+        if retriever is not None and not callable(retriever):
+            raise InputError(f"retriever must be a function from a question to passages, was {retriever!r}.")
+        check_whole("cache_chunks", cache_chunks, minimum=0)
         if model.tokenizer is None or model.encoder_tokenizer is None:
             missing = "decoder" if model.tokenizer is None else "encoder"
             raise InputError(
@@ -135,6 +142,8 @@ class Refrag:
 
         `options` hold for the questions given as text. Raises InputError when generation settings differ other than by seed.
         """
+        if isinstance(questions, str | Request) or not isinstance(questions, Iterable):
+            raise InputError(f"The questions of a batch must be a list, was a {type(questions).__name__}: put them between brackets, or call answer.")
         requests = [question if isinstance(question, Request) else Request.make(question, **options) for question in questions]
         if len({replace(request.generation, seed=0) for request in requests}) > 1:
             raise InputError("The requests of a batch must share their generation settings, the seed aside: make one batch for each.")
@@ -253,11 +262,12 @@ class Refrag:
         hits: list[Sequence[Hit]] = [()] * len(requests)
         if self.index is None or self.retriever is not None:
             return hits
-        alike: dict[tuple[str, str | None], list[int]] = {}
+        alike: dict[tuple[str, str | None, int], list[int]] = {}
         for number, request in enumerate(requests):
             if request.passages is None:
-                alike.setdefault((request.mode, request.where), []).append(number)
-        for (mode, where), numbers in alike.items():
+                depth = request.top_k if request.mode == "hybrid" else 0  # how deep the rankings go that are fused depends on it
+                alike.setdefault((request.mode, request.where, depth), []).append(number)
+        for (mode, where, _), numbers in alike.items():
             wanted = [self._wanted(requests[number]) for number in numbers]
             found = self.index.search_batch([requests[number].question for number in numbers], top_k=max(wanted), mode=mode, where=where)
             for number, own, count in zip(numbers, found, wanted, strict=True):

@@ -1,5 +1,6 @@
 """An optional second look at the passages found: a cross-encoder, or any callable that scores them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,8 +43,12 @@ class CrossEncoder:
 
 def rerank(reranker: Reranker, question: str, passages: Sequence[Passage], top_k: int) -> list[tuple[Passage, float]]:
     """The best `top_k` passages with their new scores; equal ones keep their order."""
-    scores = list(reranker(question, passages)) if passages else []
-    if len(scores) != len(passages):
-        raise InputError(f"A reranker must give one score per passage ({len(passages)}), gave {len(scores)}.")
-    ranked = sorted(zip(passages, map(float, scores), strict=True), key=lambda pair: -pair[1])
+    given = reranker(question, passages) if passages else []
+    try:
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"A reranker must give one number per passage ({len(passages)}), gave a {type(given).__name__} ({error}).") from error
+    if len(scores) != len(passages) or any(math.isnan(score) for score in scores):
+        raise InputError(f"A reranker must give one number per passage ({len(passages)}), gave {scores[:5]}{'…' * (len(scores) > 5)}.")
+    ranked = sorted(zip(passages, scores, strict=True), key=lambda pair: -pair[1])
     return ranked[:top_k]

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -115,7 +116,11 @@ def from_row(row: Any, source: str, where: str, on_bad: BadRow, text_column: str
     text, title = row[text_column], str(row.get("title") or "")
     given_metadata = row.get("metadata")
     metadata = dict(given_metadata) if isinstance(given_metadata, Mapping) else {}
-    metadata |= {key: value for key, value in row.items() if key not in (*KNOWN, text_column) and value is not None} | {"source": source}
+    known = {"id", "title", "metadata", text_column}
+    metadata |= {key: value for key, value in row.items() if key not in known and not _is_missing(value)}
+    if "source" in metadata:
+        metadata["row_source"] = metadata["source"]  # `source` is the file: what it no longer holds is found by it
+    metadata["source"] = source
     identity = row.get("id")
     for name, value in (("text", text), ("title", title), ("id", identity), ("metadata", metadata)):
         try:
@@ -124,7 +129,7 @@ def from_row(row: Any, source: str, where: str, on_bad: BadRow, text_column: str
             on_bad(InputError(f"{where}: the {name} holds half a character (a lone surrogate); mend it, or keep the rest with --skip-bad."))
             return
         except InputError as error:
-            on_bad(InputError(f"{where}: {error}"))
+            on_bad(InputError(f"{where}: {str(error).rstrip('.')}, or keep the rest with --skip-bad."))
             return
     digest = sha256(f"{title}\0{text}".encode()).hexdigest()[:12]
     yield Document(f"{title}#{digest}" if identity is None or identity == "" else str(identity), text, title, metadata)
@@ -134,6 +139,11 @@ def _given(row: Any, text_column: str) -> str:
     if not isinstance(row, Mapping):
         return f"a {type(row).__name__}"
     return f"a {type(row[text_column]).__name__} there" if text_column in row else f"the keys {', '.join(map(str, row))}"
+
+
+def _is_missing(value: Any) -> bool:
+    """None, or NaN, by which pandas means the same."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _mend(row: Any) -> str:

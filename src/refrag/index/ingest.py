@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..config import IndexSettings
-from ..errors import InputError, NotFoundError, RefragError
+from ..errors import InputError, NotFoundError, RefragError, first_line
 from ..text import Passage, PromptBuilder
 from .documents import READERS, Document, Source, check_on_hub, is_hub_name, reader_of
 
@@ -49,6 +49,8 @@ def read_passages(
     except LookupError as error:
         raise InputError(f"There is no text encoding {encoding!r}: try --encoding utf-8 or --encoding latin-1.") from error
     files = [file for path in paths for file in _files(Path(os.path.normpath(path)))]
+    if subset is not None and not any(map(is_hub_name, files)):
+        raise InputError(f"A subset belongs to a dataset on the hub, none was named: leave --subset {subset} out.")
     documents = _Documents(list(dict.fromkeys(files)), encoding, text_column, subset, skip_bad, set() if sources is None else sources)
     return _read(documents, Splitter(builder, settings))
 
@@ -131,9 +133,9 @@ class _Documents:
             yield from reader(Source(path, self.encoding, on_bad, self.text_column, self.subset))
         except UnicodeEncodeError:
             on_bad(InputError(f"The name of the file {str(path)!a} is not text in this system's encoding: rename it."))
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            on_bad(InputError(f"{path} is not {self.encoding} text (byte 0x{byte:02x}): pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."))
+        except UnicodeError as error:
+            why = f"byte 0x{error.object[error.start]:02x}" if isinstance(error, UnicodeDecodeError) else first_line(error)
+            on_bad(InputError(f"{path} is not {self.encoding} text ({why}): pass its encoding, for example --encoding latin-1, or keep the rest with --skip-bad."))
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, RefragError):
                 raise
@@ -219,7 +221,8 @@ def _passage(document: Document, span: Span, identity: str) -> Passage:
     start, end = span
     offset = document.start or 0
     place = {"start": offset + start, "end": offset + end}
-    return Passage(identity, document.text[start:end], document.title, document.metadata | place)
+    metadata = place | document.metadata if identity == document.id else document.metadata | place  # a whole row's own `start` stays
+    return Passage(identity, document.text[start:end], document.title, metadata)
 
 
 def _sentences(text: str) -> list[Span]:

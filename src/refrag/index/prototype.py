@@ -110,6 +110,8 @@ def import_prototype(folder: str | Path) -> Iterator[Passage]:
     """
     folder = Path(folder)
     path = next((folder / name for name in PASSAGE_FILES if (folder / name).is_file()), None)
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no folder {folder}: check the path.")
     if path is None:
         raise NotFoundError(f"{folder} must hold {' or '.join(PASSAGE_FILES)}: pass the folder that the prototype's `index` command wrote.")
     texts = load_strings(path)

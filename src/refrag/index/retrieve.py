@@ -118,8 +118,10 @@ class SentenceEncoder:
 
 def check_question(question: str) -> None:
     """Raises InputError for a blank question, and for one with half a character in it, which no tokenizer takes."""
-    if not isinstance(question, str) or not question.strip():
-        raise InputError("The question must hold some text, was blank.")
+    if not isinstance(question, str):
+        raise InputError(f"A question must be a text, was {question!r}: write it between quotes.")
+    if not question.strip():
+        raise InputError("The question must hold some text, was blank: write it between quotes.")
     try:
         question.encode()
     except UnicodeEncodeError as error:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import BUNDLED_MODEL, IndexSettings, check_whole, resolve_model
+from ..config import BUNDLED_MODEL, MAX_TOP_K, IndexSettings, check_whole, resolve_model
 from ..errors import InputError, MismatchError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
 from .documents import json_text
@@ -146,11 +146,12 @@ class PassageIndex:
         with the number of passages done. `sources`, looked at in the end, are files that `passages` holds completely: what
         the index still has of them from an earlier state is removed. Returns how many passages were `added`, `updated`,
         `unchanged`, the `chunks` encoded and, only when there were any, `removed` ones and `duplicates`: passages that
-        another with the same id and other content replaced. Raises InputError for metadata that JSON cannot hold, BackendError when the disk is full.
+        another with the same id and other content replaced. Raises InputError for metadata that JSON cannot hold and for what is no
+        Passage, BackendError when the disk is full or another process is writing.
         """
         totals = Counter(added=0, updated=0, unchanged=0, chunks=0)
         seen = Seen()
-        with ThreadPoolExecutor(1) as writer:
+        with self.table.writing(), ThreadPoolExecutor(1) as writer:
             pending: Future[tuple[int, int]] | None = None
             for batch in _ahead(self._prepared(passages, seen)):
                 vectors = self._encoded(batch) if batch.passages else None
@@ -160,8 +161,8 @@ class PassageIndex:
                 if progress:
                     progress(batch.size)
             _count(totals, pending)
-        totals.update(self._settle(seen, sources))
-        self.optimize()
+            totals.update(self._settle(seen, sources))
+            self._optimize()
         return dict(totals)
 
     def _settle(self, seen: Seen, sources: Set[str]) -> dict[str, int]:
@@ -171,20 +172,27 @@ class PassageIndex:
             where = quoted(sorted(sources), "json_get_string(metadata, 'source')") if len(sources) <= 100 else None
             rows = (row for batch in self.table.scan(("id", "metadata"), where=where) for row in zip(batch["id"].to_pylist(), batch["metadata"].to_pylist(), strict=True))
             stale = [identity for identity, metadata in rows if seen.missing([identity]) and json.loads(metadata).get("source") in sources]
-            removed = sum(self.delete(stale[start : start + 1000]) for start in range(0, len(stale), 1000))
+            removed = sum(self.table.delete(stale[start : start + 1000]) for start in range(0, len(stale), 1000))
             counts |= {"removed": removed} if removed else {}
         if seen.num_replaced:
             example = next((identity for batch in self.table.scan(("id",)) for identity in seen.replaced(batch["id"].to_pylist())), "")
-            log.warning("%d passages have the id of another, for example %r, and only the last of each was kept: give every passage its own id.", seen.num_replaced, example)
+            log.warning("Passages with the id of another: %d, for example %r; only the last of each was kept: give every passage its own id.", seen.num_replaced, example)
             counts["duplicates"] = seen.num_replaced
         return counts
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Deletes passages by id, in one commit. Returns how many there were."""
-        return self.table.delete(list(ids))
+        """Deletes passages by id, in one commit. Returns how many there were. Raises InputError for one id that is not in a list."""
+        if isinstance(ids, str):
+            raise InputError(f"The ids to delete must be a list, was the text {ids!r}: put it between brackets.")
+        with self.table.writing():
+            return self.table.delete(list(map(str, ids)))
 
     def optimize(self) -> None:
         """Joins small files, brings the search indexes up to date and frees the space of old versions; `add` ends with it."""
+        with self.table.writing():
+            self._optimize()
+
+    def _optimize(self) -> None:
         self.table.optimize()
         self._rows_since = 0
 
@@ -198,11 +206,12 @@ class PassageIndex:
                 seen.add(passage.id, hashes[passage.id])
             rows = self.table.rows(list(unique), ("id", "content_hash"))
             stored = dict(zip(rows["id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True))
-            fresh = [passage for identity, passage in unique.items() if stored.get(identity) != hashes[identity]]
+            pending = unique.keys() & set().union(*unwritten)  # what is stored of these is not the last word
+            fresh = [passage for identity, passage in unique.items() if identity in pending or stored.get(identity) != hashes[identity]]
             chunked = self._builder.chunk_batch([passage.text for passage in fresh])
             texts = [text[start:end] for own, text in zip(chunked, (passage.text for passage in fresh), strict=True) for start, end in own.spans]
             counts = [len(own.spans) for own in chunked]
-            is_new = not stored and all(ids.isdisjoint(unique) for ids in unwritten)
+            is_new = not stored and not pending
             unwritten.append(unique.keys())
             yield _Batch(fresh, [hashes[passage.id] for passage in fresh], texts, counts, len(group), len(group) - len(fresh), is_new)
 
@@ -216,7 +225,7 @@ class PassageIndex:
         counts = (self.table.append(rows), 0) if batch.is_new else self.table.merge(rows)
         self._rows_since += len(batch.passages)
         if self._rows_since >= max(OPTIMIZE_ROWS, self.count - self._rows_since):
-            self.optimize()
+            self._optimize()
         return counts
 
     def _rows(self, batch: _Batch, embeds: np.ndarray, vectors: np.ndarray) -> pa.Table:
@@ -262,7 +271,11 @@ class PassageIndex:
         """As `search`, for several questions: their vectors are made together, and one read looks for all of them."""
         if mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, was {mode!r}.")
-        check_whole("top_k", top_k, minimum=1)
+        check_whole("top_k", top_k, minimum=1, maximum=MAX_TOP_K)
+        if isinstance(questions, str):
+            raise InputError("The questions must be a list of texts, was one text: call search, or put it between brackets.")
+        if where is not None and not isinstance(where, str):
+            raise InputError(f"The filter must be SQL text, was {where!r}: write for example  title = 'Paris'.")
         for question in questions:
             check_question(question)
         depth = max(50, 4 * top_k) if mode == "hybrid" else top_k
@@ -334,8 +347,10 @@ class PassageIndex:
             for batch in self.table.scan((*PASSAGE_COLUMNS, "content_hash", "vector", "chunk_embeds", "num_chunks"), batch_size=256):
                 rows = pa.Table.from_batches([batch])
                 passages = _passages(rows)
-                problems += [f"Passage {passage.id!r} is stored twice." for passage in passages if passage.id in seen]
-                seen.update(passage.id for passage in passages)
+                for passage in passages:
+                    if passage.id in seen:
+                        problems.append(f"Passage {passage.id!r} is stored twice.")
+                    seen.add(passage.id)
                 problems += self._problems(rows, passages)
                 if progress:
                     progress(len(passages))
@@ -382,7 +397,9 @@ def _model_name(model: "RefragModel") -> str:
 
 
 def local_address(path: str | Path) -> str:
-    """A folder with `~` expanded; an object store's address as it is."""
+    """A folder with `~` expanded; an object store's address as it is. Raises InputError for an empty text."""
+    if isinstance(path, str) and not path.strip():
+        raise InputError("The index needs a folder, its name was empty: pass --index FOLDER.")
     return path if isinstance(path, str) and "://" in path else str(Path(path).expanduser())
 
 
@@ -409,7 +426,11 @@ def _groups(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
     """Runs of at most `size` passages and about BATCH_CHARACTERS characters."""
     group: list[Passage] = []
     characters = 0
+    if isinstance(passages, str | Passage) or not isinstance(passages, Iterable):
+        raise InputError(f"The passages to add must be a list of them, was a {type(passages).__name__}: put it between brackets.")
     for passage in passages:
+        if not isinstance(passage, Passage):
+            raise InputError(f"What is added must be Passages, one was a {type(passage).__name__}: pass Passage(id, text, title).")
         group.append(passage)
         characters += len(passage.text)
         if len(group) == size or characters >= BATCH_CHARACTERS:

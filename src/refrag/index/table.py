@@ -1,8 +1,10 @@
 """The Lance table of an index: opened, read and written without a word about models."""
 
+import fcntl
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +30,9 @@ NUM_PROBES = 32
 """Partitions that an approximate search reads, of about the square root of the number of passages."""
 KEPT_VERSIONS = timedelta(milliseconds=1)
 """Age from which on `optimize` deletes versions that nobody can need any more."""
+
+WRITER_PATIENCE_S = 3.0
+"""Longest wait for another writer, in seconds."""
 
 T = TypeVar("T")
 
@@ -209,6 +214,28 @@ class PassageTable:
 
     # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    @contextmanager
+    def writing(self) -> Generator[None]:
+        """Holds the folder against other writers, in this process and others; a process that dies lets go of it. An object store cannot be held.
+
+        Raises BackendError when another one writes for longer than WRITER_PATIENCE_S. Do not enter it twice.
+        """
+        if is_remote(self.path):
+            self._read(lambda table: table.checkout_latest())
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            until = time.monotonic() + WRITER_PATIENCE_S
+            while not _held(folder):
+                if time.monotonic() > until:
+                    raise BackendError(f"Another process is writing to the index at {self.path}: wait until it is done, then run the same command again.")
+                time.sleep(0.05)
+            self._read(lambda table: table.checkout_latest())  # what the writer before has left
+            yield
+        finally:
+            os.close(folder)
+
     def append(self, rows: pa.Table) -> int:
         """Adds rows whose ids are all new, in one commit: unlike `merge` it looks at nothing else. Returns how many."""
         with plain_errors(self.path):
@@ -247,6 +274,17 @@ class PassageTable:
             self._table.create_index("id", config=BTree())
         if "search_text" not in present:
             self._table.create_index("search_text", config=FTS(base_tokenizer="icu"))  # finds words in scripts without spaces too
+
+
+def _held(folder: int) -> bool:
+    """Whether the open folder could be locked for this writer."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks
+        log.debug("The folder of the index cannot be locked: %s", error)
+    return True
 
 
 def _folder(path: str, name: str) -> Path:
