@@ -46,7 +46,8 @@ def test_a_group_is_its_requests_alone(engine: Refrag) -> None:
 def test_tokens_decoded_elsewhere_become_the_engines_answers(engine: Refrag) -> None:
     prepared = engine.prepare(REQUESTS)
     batch = RowBatch(engine.model.decoder, engine.end_ids)
-    rows = batch.join([Row(own.prompt_embeds, own.row.request.generation) for own in prepared])
+    batch.join(prefilled := batch.prefill([Row(own.prompt_embeds, own.row.request.generation) for own in prepared]))
+    rows = prefilled.rows
     while batch.rows:
         batch.step()
     start = time.perf_counter()

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import BUNDLED_MODEL, MAX_TOP_K, IndexSettings, check_whole, resolve_model
 from ..errors import InputError, MismatchError, NotFoundError, RefragError
 from ..text import Passage, PromptBuilder
+from .batches import ahead, groups
 from .documents import json_text
 from .manifest import Manifest
 from .retrieve import Hit, SentenceEncoder, check_question, fuse, search_text
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 
 MODES = ("dense", "text", "hybrid")
 PASSAGE_COLUMNS = ("id", "title", "text", "metadata")
-BATCH_CHARACTERS = 1_000_000
-"""A batch of passages ends at this size even if it holds fewer than `settings.batch_size`: long passages cannot exhaust the memory."""
 OPTIMIZE_ROWS = 4_096
 """While building, the table is optimised when this many rows, and as many as it had before, are new."""
 
@@ -153,7 +152,7 @@ class PassageIndex:
         seen = Seen()
         with self.table.writing(), ThreadPoolExecutor(1) as writer:
             pending: Future[tuple[int, int]] | None = None
-            for batch in _ahead(self._prepared(passages, seen)):
+            for batch in ahead(self._prepared(passages, seen)):
                 vectors = self._encoded(batch) if batch.passages else None
                 totals.update(unchanged=batch.unchanged, chunks=len(batch.chunk_texts))
                 _count(totals, pending)
@@ -199,7 +198,7 @@ class PassageIndex:
     def _prepared(self, passages: Iterable[Passage], seen: Seen) -> Iterator[_Batch]:
         """Batches of passages that are not stored as they are, cut into chunks."""
         unwritten: deque[Set[str]] = deque(maxlen=3)  # ids of the batch that is encoded, the one that is written, and one to spare
-        for group in _groups(passages, self.settings.batch_size):
+        for group in groups(passages, self.settings.batch_size):
             unique, hashes = {passage.id: passage for passage in group}, {}
             for passage in group:
                 hashes[passage.id] = content_hash(passage)
@@ -420,37 +419,6 @@ def _fused(rankings: Sequence[Sequence[Hit]]) -> list[Hit]:
     passages = {hit.passage.id: hit.passage for ranking in rankings for hit in ranking}
     scores = fuse([[hit.passage.id for hit in ranking] for ranking in rankings])
     return [Hit(passages[identity], score) for identity, score in scores.items()]
-
-
-def _groups(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    """Runs of at most `size` passages and about BATCH_CHARACTERS characters."""
-    group: list[Passage] = []
-    characters = 0
-    if isinstance(passages, str | Passage) or not isinstance(passages, Iterable):
-        raise InputError(f"The passages to add must be a list of them, was a {type(passages).__name__}: put it between brackets.")
-    for passage in passages:
-        if not isinstance(passage, Passage):
-            raise InputError(f"What is added must be Passages, one was a {type(passage).__name__}: pass Passage(id, text, title).")
-        group.append(passage)
-        characters += len(passage.text)
-        if len(group) == size or characters >= BATCH_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items (never None); the next one is made in a thread while the caller works on this one."""
-
-    def following() -> T | None:
-        return next(items, None)
-
-    with ThreadPoolExecutor(1) as maker:
-        future = maker.submit(following)
-        while (item := future.result()) is not None:
-            future = maker.submit(following)
-            yield item
 
 
 def _count(totals: Counter[str], pending: Future[tuple[int, int]] | None) -> None:

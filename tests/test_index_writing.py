@@ -1,0 +1,60 @@
+"""What is written: appended or merged, once, by one writer at a time."""
+# ruff: noqa: F811  (the fixtures are those of the neighbouring file)
+
+from dataclasses import replace
+
+import pytest
+from test_index import index, make_passages, settings  # noqa: F401
+
+from refrag.errors import BackendError
+from refrag.index import PassageIndex, table
+from refrag.text import Passage
+
+
+def test_new_passages_are_appended_and_only_known_ones_merged(index, monkeypatch):
+    calls = []
+    for name in ("append", "merge"):
+        method = getattr(index.table, name)
+        monkeypatch.setattr(index.table, name, lambda rows, name=name, method=method: calls.append(name) or method(rows))
+    passages, size = make_passages(40), index.settings.batch_size
+    assert index.add(passages)["added"] == 40 and calls == ["append"] * (40 // size)
+    calls.clear()
+    changed = replace(passages[0], text="Another text.")
+    assert index.add([changed, Passage("new", "A new one.")])["updated"] == 1 and calls == ["merge"]
+
+
+@pytest.mark.parametrize("distance", [1, 8, 16, 24, 32, 40])
+def test_an_id_that_comes_again_in_a_later_batch_is_stored_once(index, distance):
+    passages = make_passages(60)
+    passages[distance] = Passage(passages[0].id, "The text that stays.")
+    index.add(passages)
+    assert index.count == 59 and index.passages([passages[0].id])[passages[0].id].text == "The text that stays."
+    assert index.verify() == []
+
+
+@pytest.mark.parametrize("texts", ["ABA", "BBA", "AABAA", "BABA", "BCBCA"])
+def test_the_last_passage_of_an_id_stays_whatever_was_stored(tmp_path, tiny_model, settings, texts):
+    index = PassageIndex.create(tmp_path / "x", tiny_model, replace(settings, batch_size=1))
+    index.add([Passage("x", "Text A.")])
+    index.add([Passage("x", f"Text {name}.") for name in texts])
+    assert index.count == 1 and index.passages(["x"])["x"].text == "Text A."
+
+
+def test_a_second_writer_is_refused_and_the_index_stays_whole(index, monkeypatch):
+    passages = make_passages(8)
+    monkeypatch.setattr(table, "WRITER_PATIENCE_S", 0.1)
+    other = PassageIndex.open(index.path, model=index.model)
+    with other.table.writing():
+        for write in (lambda: index.add(passages), lambda: index.delete(["a"]), index.optimize):
+            with pytest.raises(BackendError, match=r"Another process is writing to the index at .*: wait until it is done, then run the same command again"):
+                write()
+    assert index.add(passages)["added"] == 8
+    assert other.add(passages)["unchanged"] == 8 and index.verify() == []
+
+
+def test_verify_finds_every_passage_that_is_stored_twice(index):
+    passages = make_passages(8)
+    index.add(passages)
+    rows = index.table._table.to_arrow()
+    index.table.append(rows.select(index.table.schema.names))
+    assert sorted(index.verify()) == sorted(f"Passage {passage.id!r} is stored twice." for passage in passages)
