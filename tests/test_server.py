@@ -278,6 +278,13 @@ def test_a_full_queue_says_when_to_come_back(engine: Refrag) -> None:
         assert "refrag:requests_refused_total 2.0" in served.get("/metrics").text
 
 
+def test_the_models_folder_is_not_told(almanac, tiny_model, tmp_path) -> None:
+    tiny_model.save_pretrained(tmp_path / "my-model")
+    for engine, name in ((almanac[0], "bundled"), (Refrag.from_pretrained(str(tmp_path / "my-model")), "my-model")):
+        with serving(engine, ServerSettings()) as served:
+            assert [own["id"] for own in served.get("/v1/models").json()["data"]] == [name]
+
+
 def test_requests_gather_while_others_are_decoded(engine: Refrag, monkeypatch) -> None:
     short = ASK | {"documents": [], "max_tokens": 2}
     with serving(engine, ServerSettings(model_name="tiny", max_running=8)) as served, ThreadPoolExecutor(6) as pool:

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
 from .. import __version__
+from ..config import BUNDLED_MODEL, resolve_model
 from ..engine import Answer, Refrag
 from ..engine import Request as Asked
 from ..engine.backend import Backend
@@ -51,11 +53,19 @@ def create_app(
 
     app = FastAPI(title="refrag", version=__version__, lifespan=lifespan, default_response_class=JSONResponse)
     app.state.service = service
-    routes = Routes(service, settings, model=settings.model_name or str(engine.model.name_or_path or "refrag"), tracer=tracer or Tracer())
+    routes = Routes(service, settings, model=settings.model_name or _public_name(engine), tracer=tracer or Tracer())
     app.include_router(routes.router())
     add_handlers(app)
     app.add_middleware(Gate, settings=settings, api_key=api_key, hosts=settings.allowed_hosts)
     return app
+
+
+def _public_name(engine: Refrag) -> str:
+    """The model's hub name, or what its folder is called: clients need not know where it lies."""
+    name = str(engine.model.name_or_path or "refrag")
+    if name == resolve_model(BUNDLED_MODEL):
+        return BUNDLED_MODEL
+    return Path(name).name if Path(name).is_dir() else name
 
 
 class Routes:
