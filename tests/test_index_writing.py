@@ -1,6 +1,7 @@
 """What is written: appended or merged, once, by one writer at a time."""
 # ruff: noqa: F811  (the fixtures are those of the neighbouring file)
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -58,3 +59,38 @@ def test_verify_finds_every_passage_that_is_stored_twice(index):
     rows = index.table._table.to_arrow()
     index.table.append(rows.select(index.table.schema.names))
     assert sorted(index.verify()) == sorted(f"Passage {passage.id!r} is stored twice." for passage in passages)
+
+
+class Libc:
+    """A C library that notes how its allocator was set."""
+
+    def __init__(self):
+        self.calls = []
+
+    def mallopt(self, parameter, value):
+        self.calls.append((parameter, value))
+
+    def malloc_trim(self, pad):
+        self.calls.append("trim")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_while_lance_writes_freed_memory_goes_back_to_the_system(index, monkeypatch, fails):
+    libc, seen = Libc(), []
+    monkeypatch.setattr(table.ctypes, "CDLL", lambda name: libc)
+
+    def write(*args, **kwargs):
+        seen.append(list(libc.calls))
+        if fails:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(index.table._table, "optimize", write)
+    with nullcontext() if not fails else pytest.raises(BackendError, match="the disk is full"):
+        index.optimize()
+    assert seen == [[(table.M_MMAP_THRESHOLD, 64 << 10)]]
+    assert libc.calls[1:] == [(table.M_MMAP_THRESHOLD, 32 << 20), (table.M_TRIM_THRESHOLD, 64 << 20), "trim"]
+
+
+def test_another_c_library_is_left_alone(index, monkeypatch):
+    monkeypatch.setattr(table.ctypes, "CDLL", lambda name: object())
+    assert index.add(make_passages(3))["added"] == 3

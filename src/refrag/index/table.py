@@ -1,5 +1,6 @@
 """The Lance table of an index: opened, read and written without a word about models."""
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -33,6 +34,9 @@ KEPT_VERSIONS = timedelta(milliseconds=1)
 
 WRITER_PATIENCE_S = 3.0
 """Longest wait for another writer, in seconds."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`: free memory at the heap's end, and size of a block, in bytes, from which on it goes back to the system when freed."""
 
 T = TypeVar("T")
 
@@ -238,13 +242,13 @@ class PassageTable:
 
     def append(self, rows: pa.Table) -> int:
         """Adds rows whose ids are all new, in one commit: unlike `merge` it looks at nothing else. Returns how many."""
-        with plain_errors(self.path):
+        with plain_errors(self.path), _memory_returned():
             self._table.add(rows)
         return rows.num_rows
 
     def merge(self, rows: pa.Table) -> tuple[int, int]:
         """Inserts new ids and replaces known ones, in one commit; takes more memory the larger the table is. Returns (inserted, replaced)."""
-        with plain_errors(self.path):
+        with plain_errors(self.path), _memory_returned():
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             result = merge.use_index(False).execute(rows)  # with the index, the memory of each merge grows with the table
         return result.num_inserted_rows, result.num_updated_rows
@@ -258,7 +262,7 @@ class PassageTable:
         """Joins small files, brings the indexes up to date, makes those that are missing, deletes old versions."""
         from lancedb.index import IvfFlat
 
-        with plain_errors(self.path):
+        with plain_errors(self.path), _memory_returned():
             self.make_indexes()
             self._table.optimize(cleanup_older_than=KEPT_VERSIONS)
             names = {index.name for index in self._table.list_indices()}
@@ -287,6 +291,22 @@ def _held(folder: int) -> bool:
     return True
 
 
+@contextmanager
+def _memory_returned() -> Generator[None]:
+    """Memory that Lance frees goes back to the system (glibc; nothing elsewhere). Else the heaps of its threads keep what it took, more the larger the table is."""
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, 64 << 10)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where glibc's own, moving limits end
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        libc.malloc_trim(0)
+
+
 def _folder(path: str, name: str) -> Path:
     return Path(path) / f"{name}.lance"
 
@@ -303,7 +323,8 @@ def _session() -> Any:
     import lancedb
 
     os.environ.setdefault("LANCE_DEFAULT_BATCH_SIZE", "256")  # rows; its 8,192 passages with their vectors are hundreds of megabytes
-    return lancedb.Session(index_cache_size_bytes=256 << 20, metadata_cache_size_bytes=64 << 20)
+    os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(8 << 20))  # bytes read ahead; its own limit is 2 GB
+    return lancedb.Session(index_cache_size_bytes=256 << 20, metadata_cache_size_bytes=16 << 20)
 
 
 @contextmanager
