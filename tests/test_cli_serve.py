@@ -54,9 +54,9 @@ def test_sigterm_finishes_what_was_accepted(tiny_model, tmp_path) -> None:
     ("options", "sentence"),
     [
         (["--port", "70000"], "port must lie between 0 and 65535, was 70000."),
-        (["--max-running", "0"], "max_running must be 1 or more, was 0."),
-        (["--default-new-tokens", "9", "--max-new-tokens", "8"], "default_new_tokens must be at most max_new_tokens (8), was 9."),
-        (["--shutdown-s", "0"], "shutdown_s must be above 0, was 0.0."),
+        (["--max-running", "0"], "--max-running must be 1 or more, was 0."),
+        (["--default-new-tokens", "9", "--max-new-tokens", "8"], "--default-new-tokens must be at most --max-new-tokens (8), was 9."),
+        (["--shutdown-s", "0"], "--shutdown-s must be above 0, was 0.0."),
         (["--api-key-file", "nowhere.txt"], "There is no file nowhere.txt: check --api-key-file."),
         (["--index", "nowhere.index"], "There is no index at nowhere.index"),
         (["--model", "./nowhere"], "There is no model folder at ./nowhere: check --model."),

@@ -42,7 +42,7 @@ def test_the_port_is_in_use(capsys):
         (["--host", "no such host", "--port", "0"], "no such host port 0 cannot be listened on"),
         (["--index", "no/such/index", "--port", "0"], "There is no index at"),
         (["--model", "no/such/model", "--port", "0"], "no/such/model"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be 1 or more"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
     ],
 )
 def test_what_cannot_be_served(arguments, said, capsys):

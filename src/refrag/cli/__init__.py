@@ -7,6 +7,7 @@ Exit status: 0 done, 1 something is wrong with an index (`index verify`) or a tr
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -16,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, subcommand
 
 from .. import __version__
-from ..errors import RefragError
+from ..errors import InputError, RefragError
 from .ask import Ask, Demo, Info
 from .bench import Bench, Report
 from .evaluate import Eval
@@ -47,12 +48,13 @@ Command = (
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors a user can mend are one sentence on stderr."""
+    args = list(sys.argv[1:] if args is None else args)
     try:
         status = _parse(args).run()
         sys.stdout.flush()
         return status
     except RefragError as error:
-        return _fail(str(error), 2)
+        return _fail(_as_typed(str(error), args), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # the reader has gone, for example `head`
@@ -65,9 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail("The disk is full: free some space, then run the same command again.", 2)
 
 
-def _parse(args: Sequence[str] | None) -> Any:
-    """The command to run. Settings that refuse their values raise InputError; for tyro's own errors and --help it ends the process."""
-    args = list(sys.argv[1:] if args is None else args)
+def _parse(args: list[str]) -> Any:
+    """The command to run. Settings that refuse their values, and what tyro refuses, raise InputError; --help ends the process."""
     if args == ["--version"]:
         print(f"refrag {__version__}")
         raise SystemExit(0)
@@ -87,8 +88,36 @@ def _parse(args: Sequence[str] | None) -> Any:
             if isinstance(cause, RefragError):
                 raise cause from None
             cause = cause.__context__
+        if sentence := _sentence(said.getvalue()):
+            raise InputError(sentence) from None
         sys.stderr.write(said.getvalue())
         raise
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in a framed box, as one sentence: the fault, the option or the commands it proposes, where to read more. Empty for no box."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts = [" ".join(part.split()) for part in re.split(r"\n[─-]+\n", "\n".join(lines))]
+    framed = "╭" in box
+    if len(parts) < (2 if framed else 3):
+        return ""
+    fault, *hints = parts if framed else parts[1:]  # without a frame, where stdout is no UTF-8, the title is a part of its own
+    said = [fault.partition(" Got errors:")[0].removesuffix("(required)").rstrip(" .")]
+    for hint in hints[:-1]:
+        if meant := re.match(r"Perhaps you meant: (--[\w-]+)", hint):
+            said.append(f"perhaps you meant {meant[1]}")
+        elif hint.startswith("Available subcommands"):
+            said.append(hint[0].lower() + hint[1:])
+    if help_command := re.search(r"refrag[\w -]*--help", " ".join(hints)):
+        said.append(f"see  {help_command[0]}")
+    return "; ".join(said)
+
+
+def _as_typed(message: str, args: Sequence[str]) -> str:
+    """A message about a setting (`top_k`) names the option that was typed (`--top-k`)."""
+    for option in {arg.partition("=")[0] for arg in args if arg.startswith("--") and "-" in arg[2:]}:
+        message = re.sub(rf"(?<![\w-]){re.escape(option[2:].replace('-', '_'))}(?!\w)", option, message)
+    return message
 
 
 def _fail(message: str, status: int) -> int:
