@@ -57,7 +57,7 @@ class Budget:
     def __post_init__(self) -> None:
         given = [name for name in ("expand_fraction", "expand_chunks", "max_slots") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise InputError(f"A budget is one of expand_fraction, expand_chunks and max_slots; {' and '.join(given)} were given: keep one.")
+            raise InputError(f"A budget is one limit; {' and '.join(given)} were given: keep one of them.")
         if self.expand_fraction is not None:
             _check_number("expand_fraction", self.expand_fraction)
         if self.expand_fraction is not None and not 0 <= self.expand_fraction <= 1:
