@@ -116,6 +116,22 @@ def test_a_peer_that_is_not_installed_is_one_sentence(tmp_path):
     assert ended.returncode == 2 and ended.stderr.startswith("kvpress cannot be imported here (No module named 'kvpress'): ") and len(ended.stderr.splitlines()) == 1
 
 
+def test_a_prefix_cache_answers_as_plain_rag_does(content, engine, tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "peers" / "prefix_cache.py"
+    if not script.exists():
+        pytest.skip("the repository is not here")
+    engine.model.export_decoder(tmp_path / "decoder")
+    command = [sys.executable, str(script), "--prompts", str(content["folder"] / "prompts.jsonl"), "--decoder", str(tmp_path / "decoder"), "--out", str(tmp_path / "r.json")]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(Path(qa.__file__).parents[2])})
+    systems, saved = json.loads((tmp_path / "r.json").read_text())["systems"], content["systems"]["plain"]
+    for name in ("plain", "prefix-cache-memory", "prefix-cache-disk"):
+        assert systems[name]["metrics"]["exact_match"] == saved["metrics"]["exact_match"] and systems[name]["compression_rate"] == 1
+    config, context = engine.model.decoder.config, systems["plain"]["prompt_slots"]
+    question = sum(len(json.loads(line)["question_ids"]) for line in (content["folder"] / "prompts.jsonl").read_text().splitlines()) / 20
+    pairs = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert systems["prefix-cache-disk"]["stored_bytes"] == pytest.approx((context - question) * pairs)
+
+
 # ── fronts and comparisons ──
 
 
