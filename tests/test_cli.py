@@ -398,6 +398,7 @@ MODEL, INDEX, CORPUS, MISSING = "MODEL", "INDEX", "CORPUS", "./missing"
         (["index", "add", CORPUS, "--index", MISSING, "--model", MODEL], "There is no index at missing"),
         (["index", "delete", "--index", INDEX], "Nothing was named to delete: give the ids of passages."),
         (["index", "import-prototype", MISSING, "--index", "x", "--model", MODEL], "There is no folder missing: check the path."),
+        (["index", "info", "--index", INDEX, "--device", "cpu"], "--device says where --model is loaded, and there is none: leave --device cpu out, or give --model."),
         (["info", "--model", MODEL, "--device", "cuda"], "This PyTorch sees no device 'cuda': run the same command with --device cpu."),
     ],
 )

@@ -109,6 +109,11 @@ class Owner:
     device: Device = "auto"
     """Where to load it."""
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a device without a model."""
+        if self.device != "auto" and self.model is None:
+            raise InputError(f"--device says where --model is loaded, and there is none: leave --device {self.device} out, or give --model.")
+
     def open(self, index: str) -> Any:
         """The PassageIndex, checked against the model if there is one."""
         from ..index import PassageIndex
