@@ -296,7 +296,7 @@ def test_a_server_that_is_slow_to_begin() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["data: <html>\n\n", 'data: {"choices": [{"text": "Anna", "finish_reason": null}]}\n\n', 'data: {"choices": 3}\n\n', "data: 3\n\n"],
+    ["data: <html>\n\n", 'data: {"choices": [{"text": "Anna", "finish_reason": null}]}\n\n', 'data: {"choices": 3}\n\n', "data: 3\n\n", *(f'data: {{"choices": [{{"token_ids": {ids}, "finish_reason": null}}]}}\n\n' for ids in ("null", '["7"]', "[-5]", "[true]"))],
 )
 def test_replies_of_something_else(content: str) -> None:
     with serving(Reply(content)) as served:
@@ -417,7 +417,7 @@ def test_ask_decodes_on_the_server(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--vllm-url", "http://localhost:8000"], "An address of vLLM was given, but this process decodes: add --engine vllm."),
         (["--engine", "vllm", "--vllm-url", "localhost:8000"], "The address of a vLLM server must look like http://localhost:8000, was 'localhost:8000': check --vllm-url."),
         (["--engine", "vllm", "--vllm-url", "http://a:b"], "The address of a vLLM server must look like http://localhost:8000, was 'http://a:b': check --vllm-url."),
-        (["--engine", "vllm", "--vllm-url", "http://a", "--token-timeout-s", "nan"], "token_timeout_s must lie above 0, and be finite, was nan: leave it out for the usual wait."),
+        (["--engine", "vllm", "--vllm-url", "http://a", "--token-timeout-s", "nan"], "--token-timeout-s must lie above 0, and be finite, was nan: leave it out for the usual wait."),
         (["--engine", "vllm", "--vllm-url", "CLOSED"], f"No vLLM server answered (CLOSED: no connection, All connection attempts failed): {NOBODY}"),
     ],
 )

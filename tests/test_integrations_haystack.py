@@ -1,5 +1,6 @@
 """The Haystack component: run, streamed, in a pipeline, and as a pipeline file."""
 
+import asyncio
 import os
 
 import pytest
@@ -46,6 +47,21 @@ def test_pieces_go_to_the_callback(generator, almanac):
     (reply,) = generator.run(question.text, documents_of(case), streaming_callback=chunks.append)["replies"]
     assert len(chunks) > 2 and "".join(chunk.content for chunk in chunks) == reply.text
     assert [chunk.start for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+
+
+def test_the_asynchronous_run_awaits_the_callback(generator, almanac):
+    case, question = almanac[1][0]
+    chunks = []
+
+    async def keep(chunk):
+        await asyncio.sleep(0)
+        chunks.append(chunk.content)
+
+    (reply,) = asyncio.run(generator.run_async(question.text, documents_of(case), streaming_callback=keep))["replies"]
+    (same,) = generator.run(question.text, documents_of(case))["replies"]
+    assert reply.text == same.text == "".join(chunks) and reply.meta["trace"] == same.meta["trace"]
+    with pytest.raises(ValueError, match="cannot be a coroutine"):
+        generator.run(question.text, documents_of(case), streaming_callback=keep)
 
 
 def test_without_documents_the_index_is_searched(generator, almanac):

@@ -41,7 +41,7 @@ def test_bound_documents_are_read_as_passages(chat, almanac):
         "total_tokens": usage["prompt_slots"] + usage["completion_tokens"],
         "input_token_details": {name: usage[name] for name in ("context_tokens", "context_slots", "num_chunks", "expanded_chunks")},
     }
-    assert message.response_metadata["trace"] == answer.trace
+    assert message.response_metadata["trace"] == answer.trace and message.response_metadata["model_name"] == "bundled"
     assert message.response_metadata["citations"] == list(answer.citations)
 
 

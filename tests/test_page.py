@@ -8,6 +8,7 @@ import pytest
 from refrag.engine import Answer, Refrag
 from refrag.errors import InputError
 from refrag.page import mount
+from refrag.page.app import OWN_POLICY, _page, page_app
 from refrag.page.views import Reading, answer_html, error_html, figures_html, passages_html, views
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\"'&amp;"
@@ -193,3 +194,28 @@ def test_the_page_is_mounted_and_names_no_other_host(almanac):
     assert reply.status_code == 200
     assert "default-src 'self'" in reply.headers["content-security-policy"]
     assert "fonts.googleapis.com/css" not in reply.text
+
+
+def test_the_page_answers_to_this_machines_names_only(almanac):
+    pytest.importorskip("gradio")
+    from fastapi.testclient import TestClient
+
+    app = page_app(almanac[0], host="127.0.0.1")
+    for name, status in (("127.0.0.1:7860", 200), ("localhost", 200), ("evil.example:7860", 400)):
+        with TestClient(app, base_url=f"http://{name}") as client:
+            assert client.get("/").status_code == status
+
+
+def test_the_untouched_budget_is_the_engines_own(almanac):
+    gradio = pytest.importorskip("gradio")
+    engine = almanac[0]
+    page = _page(gradio, engine, Reading(top_k=1), ())
+    show = next(own.fn for own in page.fns.values() if own.fn is not None and own.fn.__name__ == "show")
+    fraction, question = engine.model.config.expand_fraction, almanac[1][0][1].text
+    own = engine.answer(question, top_k=1)
+    assert own.usage["expanded_chunks"] >= 1
+
+    def marks(budget):
+        return list(show(question, OWN_POLICY, budget, 1.0, False))[-1][3].count("<mark")
+
+    assert marks(fraction) >= 1 and marks(round(fraction, 2)) >= 1 and marks(0.0) == 0

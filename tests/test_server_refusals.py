@@ -80,7 +80,14 @@ BAD: list[tuple[str, object, int, str]] = [
     (CHAT, ASK | {"documents": ["word " * 2000], "policy": "all"}, 400, "positions"),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 2000}], "documents": []}, 400, "positions"),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "window"),
-    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt"),
+    (ANSWER, b'{"question": "a", "documents": [{"id": "x\\ud800"}]}', 400, "documents.0.id: Value error, the text has half a character"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "a", "documents": [{"id": "\\ud800", "text": "b"}]}]}', 400, "half a character"),
+    (CHAT, ASK | {"documents": [{"id": "lamp", "title": "Mine"}]}, 400, "leave title and metadata out"),
+    (CHAT, ASK | {"where": "id = 'lamp'; nonsense )))"}, 400, "one condition"),
+    (CHAT, ASK | {"where": "1=1) or (1=1"}, 400, "one condition"),
+    (CHAT, ASK | {"where": "true /* and the rest"}, 400, "one condition"),
+    (CHAT, ASK | {"logit_bias": {"1": 2.0}}, 400, "logit_bias: "),
+    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt: "),
     ("/v1/completions", {"prompt": "a", "echo": True}, 400, "echo"),
     (ANSWER, {"question": QUESTION, "stream": True}, 400, "Extra inputs"),
     (ANSWER, {"question": 7}, 400, "question"),
@@ -105,6 +112,58 @@ def test_every_bad_request_is_refused_in_one_sentence(served: Served, path: str,
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error" and error["code"]
     assert words in error["message"]
     assert "--" not in error["message"] or "--allow" in error["message"]
+
+
+def test_where_an_error_is_without_the_parsers_words(served: Served) -> None:
+    for body, place in ((b"{", None), (ASK | {"stop": [""]}, "stop.0"), (ASK | {"documents": [{"id": 1.5}]}, "documents.0.id"), (ASK | {"top_n": 1}, "top_n")):
+        assert served.post(CHAT, body, headers={"Content-Type": "application/json"}).json()["error"]["param"] == place
+
+
+def test_a_semicolon_in_a_filters_text_is_text(served: Served) -> None:
+    assert served.post("/v1/passages/search", {"question": "a", "where": "text = 'a; b -- (c' or id = 'lamp'"}).json()["data"][0]["id"] == "lamp"
+
+
+def test_the_models_own_policy_is_not_used_where_it_is_not_allowed(engine: Refrag) -> None:
+    ask = {"question": QUESTION, "expand_fraction": 0.5}
+    with serving(engine, ServerSettings(model_name="tiny")) as served:
+        assert {entry["rule"] for entry in served.post(ANSWER, ask).json()["trace"]} == {"similarity"}
+    with serving(engine, ServerSettings(model_name="tiny", policies=("first", "none"))) as served:
+        assert {entry["rule"] for entry in served.post(ANSWER, ask).json()["trace"]} == {"first"}
+        assert served.post(ANSWER, ask | {"policy": "similarity"}).status_code == 400
+
+
+def test_a_request_that_names_no_number_reads_as_many_passages_as_are_allowed(engine: Refrag) -> None:
+    with serving(engine, ServerSettings(model_name="tiny", max_documents=1)) as served:
+        assert len(served.post(ANSWER, {"question": QUESTION}).json()["passages"]) == 1
+        assert len(served.post("/v1/passages/search", {"question": QUESTION}).json()["data"]) == 1
+        assert served.post(ANSWER, {"question": QUESTION, "top_k": 2}).status_code == 400
+
+
+def test_samples_differ_unless_a_seed_is_given(served: Served) -> None:
+    ask = {"question": QUESTION, "documents": [], "temperature": 5.0, "max_tokens": 12}
+    assert len({served.post(ANSWER, ask).json()["text"] for _ in range(5)}) > 1
+    assert len({served.post(ANSWER, ask | {"seed": 3}).json()["text"] for _ in range(3)}) == 1
+
+
+def test_the_clients_own_replies_go_back_as_history(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        assert client.models.retrieve("tiny").id == "tiny"
+        with pytest.raises(openai.NotFoundError, match="ask for 'tiny'"):
+            client.models.retrieve("other")
+        first = client.chat.completions.create(model="tiny", messages=ASK["messages"], max_tokens=3)
+        messages = [*ASK["messages"], first.choices[0].message.model_dump(), *ASK["messages"]]
+        again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3, logit_bias={}, store=False)
+        assert again.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_an_idle_server_has_no_queue(served: Served) -> None:
+    def total(name: str) -> float:
+        line = next(line for line in served.get("/metrics").text.splitlines() if line.startswith(f"refrag:{name}_sum"))
+        return float(line.split()[1])
+
+    queued, whole = total("request_queue_time_seconds"), total("e2e_request_latency_seconds")
+    served.post(ANSWER, {"question": QUESTION, "max_tokens": 4})
+    assert 0 <= total("request_queue_time_seconds") - queued < (total("e2e_request_latency_seconds") - whole) / 2
 
 
 def test_deep_metadata_is_read_or_refused(served: Served) -> None:

@@ -30,12 +30,15 @@ def test_the_server_answers_with_what_vllm_decodes() -> None:
     assert answer["usage"]["context_slots"] == here.usage["context_slots"]
 
 
-def test_a_vllm_server_that_is_away_is_a_503_and_no_ready() -> None:
+def test_a_vllm_server_that_is_away_is_a_503_and_no_ready(caplog) -> None:
     engine, backend = Refrag(load_reader("bundled", device="cpu")), VllmBackend(VllmSettings(closed_url()))
     with serving(engine, backend=backend) as served:
         assert served.get("/ready").status_code == 503
         reply = served.post("/v1/answer", {"question": ASKED["question"], "documents": ASKED["passages"], "policy": "none"})
-    assert reply.status_code == 503 and "No vLLM server answered" in reply.json()["error"]["message"]
+        ready = served.get("/ready")
+    for own in (reply, ready):
+        assert own.status_code == 503 and "127.0.0.1" not in own.text and own.json()["error"]["message"].startswith("The engine that decodes cannot")
+    assert "No vLLM server answered" in caplog.text
 
 
 def test_serve_refuses_before_the_model_is_loaded(capsys) -> None:

@@ -21,6 +21,9 @@ BUNDLED_MODEL = "bundled"
 POLICIES = ("none", "all", "random", "first", "similarity", "perplexity", "perplexity-low", "learned")
 """Names accepted wherever a policy is chosen: seven fixed rules and the model's own learned policy."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""This machine's own names."""
+
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 1_000_000
 
@@ -194,3 +197,11 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
     if (is_path or name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().exists():
         raise NotFoundError(f"There is no model folder at {name}: check --model.")
     return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def public_name(name_or_path: str | None) -> str:
+    """What others are told a model is called: its hub name, `bundled`, or the name of its folder, not where that lies."""
+    name = str(name_or_path or "refrag")
+    if name == resolve_model(BUNDLED_MODEL):
+        return BUNDLED_MODEL
+    return Path(name).name if Path(name).is_dir() else name

@@ -8,8 +8,9 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from ..config import LOOPBACK
 from ..errors import InputError, NotFoundError
-from ..server.settings import LOOPBACK, ServerSettings
+from ..server.settings import ServerSettings
 from .options import EngineOptions, Messages, ModelOptions
 
 API_KEY = "REFRAG_API_KEY"

@@ -200,6 +200,8 @@ def _read_event(url: str, data: str) -> tuple[Sequence[int], str | None] | None:
         if choice is None:  # a count of tokens
             return None
         token_ids, reason = choice["token_ids"], choice["finish_reason"]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in token_ids):
+            raise ValueError("token ids must be numbers")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BackendError(f"The server at {url} does not answer with token ids as vLLM does, but with {_line(data)}: check --vllm-url, or update vLLM.") from error
     if reason not in (None, "stop", "length"):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,17 @@ def check_question(question: str) -> None:
         question.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"The question holds half a character or an invalid byte at position {error.start + 1}: write it as UTF-8 text.") from error
+
+
+def check_filter(where: str | None) -> None:
+    """Raises InputError for a filter that is not one whole condition: Lance reads what comes before a `;` or a comment and drops the rest."""
+    bare = re.sub(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`", "''", where or "")
+    depth = lowest = 0
+    for sign in bare:
+        depth += (sign == "(") - (sign == ")")
+        lowest = min(lowest, depth)
+    if lowest < 0 or depth or re.search(r";|--|/\*", bare):
+        raise InputError(f"The filter must be one condition with balanced brackets, without ; and comments, was {where!r}: write for example  title = 'Paris'.")
 
 
 def search_text(passage: Passage) -> str:

@@ -23,7 +23,7 @@ from ..text import Passage, PromptBuilder
 from .batches import ahead, groups
 from .documents import json_text
 from .manifest import Manifest
-from .retrieve import Hit, SentenceEncoder, check_question, fuse, search_text
+from .retrieve import Hit, SentenceEncoder, check_filter, check_question, fuse, search_text
 from .seen import Seen
 from .table import TABLE, DamagedIndexError, PassageTable, quoted, table_schema
 from .vectors import pack, row_type, unpack
@@ -275,6 +275,7 @@ class PassageIndex:
             raise InputError("The questions must be a list of texts, was one text: call search, or put it between brackets.")
         if where is not None and not isinstance(where, str):
             raise InputError(f"The filter must be SQL text, was {where!r}: write for example  title = 'Paris'.")
+        check_filter(where)
         for question in questions:
             check_question(question)
         depth = max(50, 4 * top_k) if mode == "hybrid" else top_k

@@ -1,5 +1,6 @@
 """Haystack: `RefragGenerator`, a pipeline component that answers a query from documents."""
 
+from contextlib import aclosing
 from typing import Any
 
 from ..config import BUNDLED_MODEL
@@ -9,7 +10,7 @@ from . import as_passage, check_options, facts, source_of
 
 try:
     from haystack import Document, component, default_from_dict, default_to_dict
-    from haystack.dataclasses import ChatMessage, StreamingCallbackT, StreamingChunk
+    from haystack.dataclasses import ChatMessage, StreamingCallbackT, StreamingChunk, select_streaming_callback
 except ImportError as error:
     raise missing_extra("haystack-ai", "haystack", "The Haystack adapter") from error
 
@@ -48,15 +49,38 @@ class RefragGenerator:
 
         Without documents the index is searched; without an index the query is answered from no passages.
         """
-        self.warm_up()
-        assert self.engine is not None
-        given = None if documents is None else [_passage(document, number) for number, document in enumerate(documents, 1)]
-        callback = streaming_callback or self.streaming_callback
-        with self.engine.stream(query, source_of(self.engine, given), **self.options) as pieces:
+        callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=False)
+        with self._engine().stream(query, self._source(documents), **self.options) as pieces:
             for number, piece in enumerate(pieces):
                 if callback is not None:
-                    callback(StreamingChunk(content=piece, index=0, start=number == 0, meta={"model": self.model}))
+                    callback(self._chunk(piece, number))
             return {"replies": [self._reply(pieces.answer)]}
+
+    @component.output_types(replies=list[ChatMessage])
+    async def run_async(
+        self, query: str, documents: list[Document] | None = None, streaming_callback: StreamingCallbackT | None = None
+    ) -> dict[str, list[ChatMessage]]:
+        """As `run`, beside other work of the event loop; the callback is awaited."""
+        callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=True)
+        async with aclosing(self._engine().astream(query, self._source(documents), **self.options)) as pieces:
+            number = 0
+            async for piece in pieces:
+                if callback is not None:
+                    await callback(self._chunk(piece, number))  # type: ignore[misc]  # requires_async
+                number += 1
+            return {"replies": [self._reply(pieces.answer)]}
+
+    def _engine(self) -> Refrag:
+        self.warm_up()
+        assert self.engine is not None
+        return self.engine
+
+    def _source(self, documents: list[Document] | None) -> Any:
+        given = None if documents is None else [_passage(document, number) for number, document in enumerate(documents, 1)]
+        return source_of(self._engine(), given)
+
+    def _chunk(self, piece: str, number: int) -> StreamingChunk:
+        return StreamingChunk(content=piece, index=0, start=number == 0, meta={"model": self.model})
 
     def _reply(self, answer: Answer) -> ChatMessage:
         usage = {**answer.usage, "prompt_tokens": answer.usage["prompt_slots"]}

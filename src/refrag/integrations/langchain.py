@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import public_name
 from ..engine import Answer, Request
 from ..errors import InputError, missing_extra
 from ..index import PassageIndex
@@ -118,7 +119,7 @@ class ChatRefrag(BaseChatModel):
         details = {name: int(usage[name]) for name in ("context_tokens", "context_slots", "num_chunks", "expanded_chunks")}
         slots, written = int(usage["prompt_slots"]), int(usage["completion_tokens"])
         counts = {"input_tokens": slots, "output_tokens": written, "total_tokens": slots + written, "input_token_details": details}
-        return {"usage_metadata": counts, "response_metadata": {"model_name": self.model_name, "model_provider": "refrag", **facts(answer)}}
+        return {"usage_metadata": counts, "response_metadata": {"model_name": public_name(self.model_name), "model_provider": "refrag", **facts(answer)}}
 
 
 class RefragRetriever(BaseRetriever):

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import public_name
 from ..engine import Refrag
 from ..errors import missing_extra
 from ..index import PassageIndex
@@ -114,7 +115,7 @@ class RefragLLM(CustomLLM):
     def metadata(self) -> LLMMetadata:
         """Window and name."""
         window = self.engine.model.decoder.config.get_text_config().max_position_embeddings
-        return LLMMetadata(context_window=window, num_output=self.max_new_tokens, model_name=str(self.engine.model.name_or_path or "refrag"))
+        return LLMMetadata(context_window=window, num_output=self.max_new_tokens, model_name=public_name(self.engine.model.name_or_path))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:

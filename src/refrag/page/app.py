@@ -8,11 +8,12 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from ..config import POLICIES, GenerationSettings
+from ..config import LOOPBACK, POLICIES, GenerationSettings
 from ..errors import InputError, missing_extra
 from .views import Reading, View, views
 
 MAX_TOP_K = 32
+SLIDER_STEP = 0.01
 OWN_POLICY = "model's own"
 HINT = View(answer='<p class="rf-note">Ask a question: the answer, what it was read from and what it cost appear here.</p>')
 
@@ -58,15 +59,26 @@ def mount(app: Any, engine: Any, *, path: str = "/ui", reading: Reading | None =
 
 def serve(engine: Any, listener: socket.socket, *, started: Callable[[], object], **how: Any) -> None:
     """Serve the page on a listening socket until the process is told to stop; `how` goes to `mount`. `started` is called before."""
-    _gradio()
+    app = page_app(engine, host=listener.getsockname()[0], **how)
     import uvicorn
-    from fastapi import FastAPI
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    mount(app, engine, path="/", **how)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     started()
     server.run(sockets=[listener])
+
+
+def page_app(engine: Any, *, host: str, **how: Any) -> Any:
+    """An application of the page alone. Bound to this machine's own address (`host`) it answers to this machine's names only: a web page elsewhere could
+    otherwise reach it by a name that it points here."""
+    _gradio()
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if host in LOOPBACK:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)
+    mount(app, engine, path="/", **how)
+    return app
 
 
 def _warm_up(engine: Any, reading: Reading) -> None:
@@ -114,14 +126,16 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
     """The Blocks of the page."""
 
     def show(question: str | None, policy: str, fraction: float, top_k: float, compare: bool) -> Iterator[tuple[str, str, str, str]]:
-        chosen = Reading(None if policy == OWN_POLICY else policy, fraction, int(top_k), reading.mode, reading.generation)
+        untouched = reading.expand_fraction is None and abs(fraction - own_fraction) <= SLIDER_STEP / 2 + 1e-9  # the slider rounds
+        chosen = Reading(None if policy == OWN_POLICY else policy, None if untouched else fraction, int(top_k), reading.mode, reading.generation)
         shown = views(engine, question, chosen, compare=compare) if question and question.strip() else iter([HINT])
         for view in shown:
             yield view.answer, view.plain, view.figures, view.passages
 
     learned = engine.model.has_trained_policy
     policies = [OWN_POLICY, *(name for name in POLICIES if name != "all" and (name != "learned" or learned))]
-    fraction = engine.model.config.expand_fraction if reading.expand_fraction is None else reading.expand_fraction
+    own_fraction = engine.model.config.expand_fraction
+    fraction = own_fraction if reading.expand_fraction is None else reading.expand_fraction
     most = max(2, min(MAX_TOP_K, engine.index.count))  # a slider needs two ends
     with gradio.Blocks(title="refrag", analytics_enabled=False) as page:
         gradio.HTML(_header(engine), elem_id="rf-header")
@@ -133,7 +147,7 @@ def _page(gradio: Any, engine: Any, reading: Reading, examples: Sequence[str]) -
         with gradio.Row():
             controls = [
                 gradio.Dropdown(policies, value=reading.policy or OWN_POLICY, label="Policy", info="who decides which chunks are expanded", min_width=200, elem_id="rf-policy"),
-                gradio.Slider(0, 1, value=fraction, step=0.01, label="Budget", info="share of the chunks that may be expanded", min_width=200, elem_id="rf-budget"),
+                gradio.Slider(0, 1, value=fraction, step=SLIDER_STEP, label="Budget", info="share of the chunks that may be expanded", min_width=200, elem_id="rf-budget"),
                 gradio.Slider(1, most, value=min(reading.top_k, most), step=1, label="Passages", info="how many to retrieve (top-k)", min_width=200, elem_id="rf-top-k"),
                 gradio.Checkbox(value=True, label="Compare with plain RAG", min_width=200, elem_id="rf-compare"),
             ]

@@ -3,23 +3,22 @@
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 
 from .. import __version__
-from ..config import BUNDLED_MODEL, resolve_model
+from ..config import public_name
 from ..engine import Answer, Refrag
 from ..engine import Request as Asked
 from ..engine.backend import Backend
 from ..text import Passage
-from .asked import Shape, answer_request, chat_request, completion_request, named_ids
+from .asked import Shape, answer_request, chat_request, completion_request, named_ids, top_k
 from .http import Gate, JSONResponse, RefusedError, add_handlers, describe, dumps, unless_gone
 from .metrics import Metrics
 from .schema import AddRequest, AnswerRequest, ChatRequest, CompletionRequest, DeleteRequest, OpenAIRequest, Reading, SearchRequest
-from .service import Service, check_allowed
+from .service import Service, allowed
 from .settings import ServerSettings
 from .tracing import Tracer
 
@@ -53,19 +52,11 @@ def create_app(
 
     app = FastAPI(title="refrag", version=__version__, lifespan=lifespan, default_response_class=JSONResponse)
     app.state.service = service
-    routes = Routes(service, settings, model=settings.model_name or _public_name(engine), tracer=tracer or Tracer())
+    routes = Routes(service, settings, model=settings.model_name or public_name(engine.model.name_or_path), tracer=tracer or Tracer())
     app.include_router(routes.router())
     add_handlers(app)
     app.add_middleware(Gate, settings=settings, api_key=api_key, hosts=settings.allowed_hosts)
     return app
-
-
-def _public_name(engine: Refrag) -> str:
-    """The model's hub name, or what its folder is called: clients need not know where it lies."""
-    name = str(engine.model.name_or_path or "refrag")
-    if name == resolve_model(BUNDLED_MODEL):
-        return BUNDLED_MODEL
-    return Path(name).name if Path(name).is_dir() else name
 
 
 class Routes:
@@ -83,6 +74,7 @@ class Routes:
             ("/v1/completions", self.complete, "POST"),
             ("/v1/answer", self.answer, "POST"),
             ("/v1/models", self.models, "GET"),
+            ("/v1/models/{name:path}", self.one_model, "GET"),
             ("/v1/passages", self.add, "POST"),
             ("/v1/passages", self.delete, "DELETE"),
             ("/v1/passages/search", self.search, "POST"),
@@ -122,7 +114,7 @@ class Routes:
         if not body.stream:
             answer = await self._whole(request, http, name)
             return JSONResponse(shape.whole(answer, trace=body.trace)) if answer else Response(status_code=GONE)
-        self._check(request)
+        request = self._allowed(request)
         pieces = self._traced(request, http, name)
         try:
             first = await unless_gone(http, anext(pieces))  # what is refused is refused with a status of its own
@@ -136,7 +128,7 @@ class Routes:
 
     async def _whole(self, request: Asked, http: Request, name: str) -> Answer | None:
         """The Answer; None when the client has gone."""
-        self._check(request)
+        request = self._allowed(request)
         with self.tracer.span(name, model=self.model, request=request, headers=http.headers) as span:
             answer = await unless_gone(http, self.service.answer(request))
             if answer is not None:
@@ -172,11 +164,21 @@ class Routes:
                 yield _event(shape.usage(piece))
             yield "data: [DONE]\n\n"
 
-    def _check(self, request: Asked) -> None:
-        check_allowed(request, self.settings)
+    def _allowed(self, request: Asked) -> Asked:
+        self._check_filter(request.where)
         engine = self.service.engine
+        request = allowed(request, self.settings, own_policy=self._own_policy)
         if request.passages is None and engine.index is None and engine.retriever is None:
             raise RefusedError(400, "This server has no index: send the passages as documents, an empty list for none.", code="no_index", param="documents")
+        return request
+
+    def _check_filter(self, where: str | None) -> None:
+        if where is not None and not self.settings.allow_filters:
+            raise RefusedError(403, "Filters (where) are not allowed here: the operator can allow them with --allow-filters.", code="not_allowed", param="where")
+
+    @property
+    def _own_policy(self) -> str:
+        return "learned" if self.service.engine.model.has_trained_policy else "similarity"
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
@@ -213,11 +215,11 @@ class Routes:
 
     async def search(self, body: SearchRequest) -> Response:
         """Passages for a question, best first."""
-        if body.top_k > self.settings.max_documents:
-            raise RefusedError(400, f"top_k may be at most {self.settings.max_documents} here, was {body.top_k}.", code="invalid_value", param="top_k")
-        if body.where is not None and not self.settings.allow_filters:
-            raise RefusedError(403, "Filters (where) are not allowed here: the operator can allow them with --allow-filters.", code="not_allowed", param="where")
-        hits = await self.service.search(body.question, top_k=body.top_k, mode=body.mode, where=body.where)
+        most = top_k(body.top_k, self.settings)
+        if most > self.settings.max_documents:
+            raise RefusedError(400, f"top_k may be at most {self.settings.max_documents} here, was {most}.", code="invalid_value", param="top_k")
+        self._check_filter(body.where)
+        hits = await self.service.search(body.question, top_k=most, mode=body.mode, where=body.where)
         return JSONResponse({"object": "list", "data": [_passage(hit.passage) | {"score": float(hit.score)} for hit in hits]})
 
     async def passage(self, identity: str) -> Response:
@@ -235,9 +237,16 @@ class Routes:
 
     async def models(self) -> Response:
         """The one model."""
-        config = self.service.engine.model.config
-        details = {"chunk_size": config.chunk_size, "policy": "learned" if self.service.engine.model.has_trained_policy else "similarity"}
-        return JSONResponse({"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "refrag", "refrag": details}]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def one_model(self, name: str) -> Response:
+        """The model of that name."""
+        self._check_model(name)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        details = {"chunk_size": self.service.engine.model.config.chunk_size, "policy": self._own_policy}
+        return {"id": self.model, "object": "model", "created": 0, "owned_by": "refrag", "refrag": details}
 
     async def health(self) -> Response:
         """The process lives."""

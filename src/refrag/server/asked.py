@@ -1,11 +1,12 @@
 """Bodies become requests of the engine, answers become OpenAI's objects. No HTTP here."""
 
+import secrets
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import Budget, GenerationSettings
+from ..config import MAX_SEED, Budget, GenerationSettings
 from ..engine import Answer, Request
 from ..errors import InputError
 from ..text import Passage, Turn
@@ -78,6 +79,8 @@ def _passage(document: Given, number: int, stored: Mapping[str, Passage]) -> str
         raise InputError(f"Document {number} must have a text, or the id of a passage in the index, it has neither.")
     if str(document.id) not in stored:
         raise InputError(f"Document {number} has no text, and the index has no passage with its id: give the text.")
+    if document.title is not None or document.metadata is not None:
+        raise InputError(f"Document {number} has no text, so it is the index's passage of its id: leave title and metadata out, or give the text.")
     return stored[str(document.id)]
 
 
@@ -87,16 +90,21 @@ def _text(message: Message) -> str:
 
 def _reading(body: Reading, settings: ServerSettings) -> dict[str, Any]:
     """The fields of Request that say what is read and how."""
-    if body.where is not None and not settings.allow_filters:
-        raise InputError("Filters (where) are not allowed here: the operator can allow them with --allow-filters.")
     budget = Budget(body.expand_fraction, body.expand_chunks, body.max_slots)
-    names = "top_k", "policy", "passages_first", "mode", "where"
-    return {"budget": budget} | {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    names = "policy", "passages_first", "mode", "where"
+    return {"budget": budget, "top_k": top_k(body.top_k, settings)} | {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+
+
+def top_k(asked: int | None, settings: ServerSettings) -> int:
+    """Passages to retrieve: what was asked, else the engine's own number where the operator allows so many."""
+    return min(Request.top_k, settings.max_documents) if asked is None else asked
 
 
 def _generation(body: Decoding, settings: ServerSettings, *, longest: int | None = None) -> GenerationSettings:
     names = "temperature", "top_p", "repetition_penalty", "seed"
     given: dict[str, Any] = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if body.temperature and body.seed is None:
+        given["seed"] = secrets.randbelow(MAX_SEED + 1)
     if body.stop is not None:
         given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.sample_top_k is not None:

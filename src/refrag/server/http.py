@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine.limits import PromptTooLongError
 from ..errors import BackendError, InputError, MismatchError, MissingExtraError, NotFoundError, RefragError
+from . import schema
 from .service import BusyError
 from .settings import ServerSettings
 
@@ -38,6 +39,9 @@ KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (RecursionError, 400, "invalid_request_error", "nested_too_deeply"),
 )
 """Exception, status, and OpenAI's type and code; the first that fits counts."""
+
+FIELDS = frozenset(name for own in vars(schema).values() if isinstance(own, type) and issubclass(own, schema.Body) for name in own.model_fields)
+"""Names that a body's fields have."""
 
 SENTENCES: dict[type[Exception], str] = {
     TimeoutError: "The request took too long: ask for a shorter answer, or try again later.",
@@ -82,11 +86,20 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
         return error.status_code, error_body(error.detail, kind=kinds.get(error.status_code, "invalid_request_error"), code=error.code, param=error.param)
     for cls, status, kind, code in KINDS:
         if isinstance(error, cls):
-            message = over_http(str(error)) if isinstance(error, RefragError) else SENTENCES[cls]
+            message = for_clients(error) if isinstance(error, RefragError) else SENTENCES[cls]
             return status, error_body(message, kind=kind, code=code)
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("A bug: %s\n%s", type(error).__name__, frames)
     return 500, error_body("The server failed, which is a bug: its log says where.", kind="server_error", code="internal_error")
+
+
+def for_clients(error: RefragError) -> str:
+    """What a client may read of it: where vLLM runs, and how to start it, are told to the log alone."""
+    message = str(error)
+    if "vLLM" not in message:
+        return over_http(message)
+    log.warning("%s", message)
+    return over_http(re.sub(r" at https?://\S+", "", message)) if isinstance(error, InputError) else "The engine that decodes cannot take this request now: try again later; the server's log says why."
 
 
 def over_http(message: str) -> str:
@@ -110,7 +123,10 @@ def add_handlers(app: FastAPI) -> None:
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         deepest = max(error.errors(), key=lambda own: len(own["loc"]))  # of the forms that a field may have, the one that fits best
-        place = ".".join(str(part) for part in deepest["loc"][1:])
+        kind, path = deepest["type"], deepest["loc"][1:]
+        known = [str(part) for part in path[:-1] if isinstance(part, int) or part in FIELDS]  # without pydantic's words for the form of a value
+        last = [str(part) for part in path[-1:] if kind == "extra_forbidden" or isinstance(part, int) or part in FIELDS]
+        place = "" if kind == "json_invalid" else ".".join(known + last)
         body = error_body(f"{place or 'The body'}: {deepest['msg']}", kind="invalid_request_error", code=deepest["type"], param=place or None)
         return JSONResponse(body, status_code=400)
 

@@ -35,7 +35,7 @@ class Metrics:
         self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token.", SECONDS)
         self.token = histogram("inter_token_latency_seconds", "Between two tokens of an answer.", SECONDS)
         self.whole = histogram("e2e_request_latency_seconds", "From the request to the end of its answer.", SECONDS)
-        self.queue = histogram("request_queue_time_seconds", "From the request to its being prepared.", SECONDS)
+        self.queue = histogram("request_queue_time_seconds", "From the request to the start of its being prepared: a place was free, and the group before was done.", SECONDS)
         self.prompt_tokens = counter("prompt_tokens", "Decoder slots of the prompts: what usage.prompt_tokens counts.")
         self.generation_tokens = counter("generation_tokens", "Tokens decoded.")
         self.context_tokens = counter("context_tokens", "Tokens of the passages, had they not been compressed.")
@@ -76,10 +76,13 @@ class Record:
         self.metrics = metrics
         self.start = time.perf_counter()
 
+    def begun(self) -> None:
+        """It waits no longer."""
+        self.metrics.queue.observe(time.perf_counter() - self.start)
+
     def prepared(self, usage: Any) -> None:
         """The prompt is ready; `usage` as in Answer."""
         metrics = self.metrics
-        metrics.queue.observe(time.perf_counter() - self.start)
         metrics.prompt_tokens.inc(usage["prompt_slots"])
         metrics.context_tokens.inc(usage["context_tokens"])
         metrics.expanded.inc(usage["expanded_chunks"])

@@ -9,8 +9,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from ..config import LOOPBACK
 from ..errors import InputError
-from .settings import LOOPBACK, ServerSettings
+from .settings import ServerSettings
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..config import MAX_SEED, PolicyName
 
@@ -14,6 +14,18 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+def _encodable(text: str) -> str:
+    """Half a character (a lone surrogate) is no text that could be stored or looked for."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text has half a character, which UTF-8 cannot hold") from error
+    return text
+
+
+Name = Annotated[str, AfterValidator(_encodable)]
+
+
 class Body(BaseModel):
     """No unknown fields, no conversion between types, no NaN."""
 
@@ -23,7 +35,7 @@ class Body(BaseModel):
 class Document(Body):
     """A passage. With an id alone it is the index's passage of that id."""
 
-    id: str | int | None = None
+    id: Name | int | None = None
     text: str | None = None
     title: str | None = None
     metadata: dict[str, Any] | None = None
@@ -52,6 +64,11 @@ class Message(Body):
     content: str | list[TextPart]
     name: str | None = None
     documents: list[str | Document] | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
 class StreamOptions(Body):
@@ -107,6 +124,8 @@ class OpenAIRequest(Reading, Decoding):
     n: Literal[1] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    store: Literal[False] | None = None
     user: str | None = None
 
 
@@ -150,6 +169,6 @@ class SearchRequest(Body):
     """`POST /v1/passages/search`."""
 
     question: Text
-    top_k: Number = 8
+    top_k: Number | None = None
     mode: Mode = "dense"
     where: str | None = None

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from ..engine.limits import PromptTooLongError
 from ..engine.prepared import Prepared
 from ..errors import BackendError, InputError, NotFoundError, RefragError
 from ..text import Passage, Turn
-from .metrics import Metrics
+from .metrics import Metrics, Record
 from .settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Service:
         self.stopping = False
         """No new requests: those that were accepted are finished."""
         self._places = asyncio.Semaphore(settings.max_running)
-        self._to_prepare: list[tuple[Request, Future]] = []
+        self._to_prepare: list[tuple[Request, Future, Record]] = []
         self._preparing: asyncio.Task[None] | None = None
         self._prepare_s = 0.0
         """What the last group took to prepare, in seconds."""
@@ -71,7 +72,7 @@ class Service:
         Raises BusyError when the queue is full, TimeoutError after `request_timeout_s`, BackendError when decoding fails,
         and what `Refrag.answer` raises.
         """
-        self._check_room()
+        self._admit()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         task = self._task(self._answer(request, pieces.put_nowait))
         task.add_done_callback(lambda _: pieces.put_nowait(None))
@@ -84,7 +85,7 @@ class Service:
 
     async def answer(self, request: Request) -> Answer:
         """The Answer at once; see `pieces`."""
-        self._check_room()
+        self._admit()
         return await self._finished(self._task(self._answer(request, lambda piece: None)))
 
     def _task(self, work: Any) -> asyncio.Task[Any]:
@@ -110,9 +111,17 @@ class Service:
     def _check_room(self) -> None:
         if self.stopping:
             raise StoppingError
-        if len(self._asking) >= self.settings.max_running + self.settings.max_waiting:
+        places = self.settings.max_running
+        if len(self._asking) >= places + self.settings.max_waiting:
+            raise BusyError(f"All {places} places are taken and {len(self._asking) - places} requests wait: try again in a moment.")
+
+    def _admit(self) -> None:
+        """As `_check_room`; counts what is turned away."""
+        try:
+            self._check_room()
+        except BusyError:
             self.metrics.refused.inc()
-            raise BusyError(f"All {self.settings.max_running} places are taken and {self.waiting} requests wait: try again in a moment.")
+            raise
 
     async def _answer(self, request: Request, sink: Callable[[str], object]) -> Answer:
         """One accepted request, from its place in the queue to its Answer."""
@@ -120,7 +129,7 @@ class Service:
         with self.metrics.request() as record:
 
             async def decoded() -> tuple[Prepared, list[float]]:
-                prepared = await self._prepared(request)
+                prepared = await self._prepared(request, record)
                 record.prepared(prepared.usage)
                 return prepared, await self._decoded(prepared, request, sink)
 
@@ -145,10 +154,10 @@ class Service:
                 self._places.release()
                 self._changed.set()
 
-    async def _prepared(self, request: Request) -> Prepared:
+    async def _prepared(self, request: Request, record: Record) -> Prepared:
         """The request, prepared together with all that wait for it at the moment."""
         future: Future = asyncio.get_running_loop().create_future()
-        self._to_prepare.append((request, future))
+        self._to_prepare.append((request, future, record))
         self._changed.set()
         if self._preparing is None or self._preparing.done():
             self._preparing = asyncio.create_task(self._prepare_all(), name="refrag-preparing")
@@ -161,12 +170,14 @@ class Service:
     async def _prepare_all(self) -> None:
         while self._to_prepare:
             await self._gather()
-            group = [pair for pair in self._to_prepare if not pair[1].done()]
+            group = [own for own in self._to_prepare if not own[1].done()]
             self._to_prepare.clear()
+            for _, _, record in group:
+                record.begun()
             begin = time.perf_counter()
-            results = await self.compute(lambda group=group: self._prepare([request for request, _ in group]))
+            results = await self.compute(lambda group=group: self._prepare([request for request, _, _ in group]))
             self._prepare_s = time.perf_counter() - begin
-            for (_, future), result in zip(group, results, strict=True):
+            for (_, future, _), result in zip(group, results, strict=True):
                 if future.done():  # its reader has gone
                     continue
                 if isinstance(result, Exception):
@@ -225,7 +236,7 @@ class Service:
 
     async def search(self, question: str, **options: Any) -> list[Any]:
         """Hits of the index; counts as a request while it runs."""
-        self._check_room()
+        self._admit()
         search = partial(self.index.search, question, **options)
         return await self._finished(self._task(self._in_place(lambda: self.compute(search))))
 
@@ -272,8 +283,11 @@ class Service:
         self._worker.shutdown()
 
 
-def check_allowed(request: Request, settings: ServerSettings) -> None:
-    """Raises InputError for what a request may not ask of this server."""
+def allowed(request: Request, settings: ServerSettings, *, own_policy: str) -> Request:
+    """The request as this server answers it: where `own_policy`, the model's, is not allowed, the first allowed one takes its place.
+
+    Raises InputError for what a request may not ask of this server.
+    """
     if request.generation.max_new_tokens > settings.max_new_tokens:
         raise InputError(f"max_tokens may be at most {settings.max_new_tokens} here, was {request.generation.max_new_tokens}.")
     if request.policy is not None and request.policy not in settings.policies:
@@ -282,3 +296,4 @@ def check_allowed(request: Request, settings: ServerSettings) -> None:
     wanted = request.top_k if request.passages is None else 0
     if given + wanted > settings.max_documents:
         raise InputError(f"A request may read at most {settings.max_documents} passages here, this one would read {given + wanted}: give fewer documents or lower top_k.")
+    return replace(request, policy=settings.policies[0]) if request.policy is None and own_policy not in settings.policies else request

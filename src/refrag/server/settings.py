@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from ..config import POLICIES, PolicyName, check_whole
 from ..errors import InputError
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 @dataclass(frozen=True)
 class ServerSettings:
