@@ -366,6 +366,8 @@ def test_what_people_see(engine: Refrag) -> None:
         ({"expand_chunks": 2.5}, "expand_chunks must be a whole number, was 2.5."),
         ({"stop": ""}, "A stop string must hold at least one character"),
         ({"passages": None}, "There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=…."),
+        ({"passages": [{"text": "a", "metadata": [1]}]}, "The metadata of passage 1 must be a mapping, was a list"),
+        ({"passages": ["word " * 3000], "max_new_tokens": 2}, "512 positions: pass a shorter passage or lower --max-new-tokens."),
         ({"passages": [{"txt": "a"}]}, "Passage 1 must be a text or a mapping"),
     ],
 )

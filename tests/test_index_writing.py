@@ -1,14 +1,19 @@
 """What is written: appended or merged, once, by one writer at a time."""
 # ruff: noqa: F811  (the fixtures are those of the neighbouring file)
 
+import errno
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+from test_engine import unchecked  # noqa: F401
 from test_index import index, make_passages, settings  # noqa: F401
+from test_index_build import model, own_log_level, run  # noqa: F401
 
-from refrag.errors import BackendError
-from refrag.index import PassageIndex, table
+from refrag import Refrag
+from refrag.errors import BackendError, InputError
+from refrag.index import PassageIndex, building, table
 from refrag.text import Passage
 
 
@@ -94,3 +99,35 @@ def test_while_lance_writes_freed_memory_goes_back_to_the_system(index, monkeypa
 def test_another_c_library_is_left_alone(index, monkeypatch):
     monkeypatch.setattr(table.ctypes, "CDLL", lambda name: object())
     assert index.add(make_passages(3))["added"] == 3
+
+
+def test_what_is_no_text_is_refused(unchecked, index):
+    with pytest.raises(InputError, match="The id of a passage must be a text, was 5"):
+        index.add([Passage(5, "x")])
+    with pytest.raises(InputError, match="The model of an index must be a RefragModel, was 'bundled'"):
+        PassageIndex.open(index.path, model="bundled")
+    with pytest.raises(InputError, match="index must be a PassageIndex or its folder, was 3"):
+        Refrag(index.model, index=3)
+
+
+def test_an_index_inside_the_folder_that_is_read_is_no_document(run, tmp_path):
+    (tmp_path / "a.txt").write_text("The lamp is lit at dusk.")
+    for _ in range(2):
+        assert run("build", tmp_path)[0] == 0
+    assert PassageIndex.open(tmp_path / "index").count == 1
+
+
+def test_a_rebuild_of_nothing_is_quiet(tmp_path, tiny_model, settings, capfd):
+    with building(tmp_path / "x", tiny_model, settings, rebuild=True) as made:
+        made.add(make_passages(2))
+    assert PassageIndex.open(tmp_path / "x").count == 2 and "WARN" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EPERM, "it may not be written"), (errno.EROFS, "its file system is read-only")])
+def test_a_folder_that_cannot_be_written_is_one_sentence(index, monkeypatch, number, words):
+    def refused(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(index.table._table, "add", refused)
+    with pytest.raises(BackendError, match=words):
+        index.add(make_passages(2))

@@ -45,7 +45,10 @@ class Passage:
             given = f"the keys {', '.join(map(str, passage))}" if isinstance(passage, Mapping) else f"a {type(passage).__name__}"
             raise InputError(f'Passage {number} must be a text or a mapping with a string under "text", was {given}: pass {{"text": "…"}}.')
         known = {"id", "text", "title", "metadata"}
-        metadata = dict(passage.get("metadata") or {}) | {key: value for key, value in passage.items() if key not in known}
+        described = passage.get("metadata") or {}
+        if not isinstance(described, Mapping):
+            raise InputError(f'The metadata of passage {number} must be a mapping, was a {type(described).__name__}: pass {{"source": "…"}}.')
+        metadata = dict(described) | {key: value for key, value in passage.items() if key not in known}
         identity = passage.get("id")
         return cls(str(number if identity is None else identity), passage["text"], str(passage.get("title") or ""), metadata)
 

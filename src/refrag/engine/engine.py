@@ -144,6 +144,9 @@ class Refrag:
         """
         if isinstance(questions, str | Request) or not isinstance(questions, Iterable):
             raise InputError(f"The questions of a batch must be a list, was a {type(questions).__name__}: put them between brackets, or call answer.")
+        questions = list(questions)
+        if options and not any(isinstance(question, str) for question in questions):
+            raise InputError("The requests of a batch hold their options already: build others with dataclasses.replace.")
         requests = [question if isinstance(question, Request) else Request.make(question, **options) for question in questions]
         if len({replace(request.generation, seed=0) for request in requests}) > 1:
             raise InputError("The requests of a batch must share their generation settings, the seed aside: make one batch for each.")
@@ -390,6 +393,8 @@ def _open(index: Any, model: RefragModel) -> Any:
 
     if isinstance(index, str | Path):
         index = PassageIndex.open(index, model=model)
+    elif not hasattr(index, "manifest"):
+        raise InputError(f"index must be a PassageIndex or its folder, was {index!r}.")
     elif index.model is not model:
         index.manifest.check_model(model.fingerprint(), index.path)
     if isinstance(index, PassageIndex):

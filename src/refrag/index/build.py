@@ -37,7 +37,7 @@ def building(path: str | Path, model: "RefragModel", settings: IndexSettings, *,
     made = [folder for folder in (Path(address), *Path(address).parents) if is_new and not folder.exists()]
     index = None
     try:
-        index = PassageIndex.create(address, model, settings, rebuild=True) if rebuild else PassageIndex.open_or_create(address, model, settings)
+        index = PassageIndex.create(address, model, settings, rebuild=is_remote(address)) if rebuild else PassageIndex.open_or_create(address, model, settings)
         yield index
     except BaseException:
         with suppress(OSError, RefragError):  # a folder that holds something else stays

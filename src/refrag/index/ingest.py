@@ -81,7 +81,7 @@ def _inside(folder: Path) -> Iterator[Path]:
     """The files in a folder that can be read, none that is hidden; a folder that is a saved dataset is one source."""
     for root, folders, names in os.walk(folder):
         inner = [Path(root, name) for name in folders if not name.startswith(".")]
-        folders[:] = [path.name for path in inner if not reader_of(path)]
+        folders[:] = [path.name for path in inner if not reader_of(path) and path.suffix != ".lance"]  # the tables of an index are no documents
         yield from (path for path in inner if reader_of(path))
         files = (Path(root, name) for name in names if not name.startswith("."))
         yield from (path for path in files if path.is_file() and reader_of(path))

@@ -128,7 +128,7 @@ def _passage(document: Document) -> Passage:
 
 
 def _refuse(error: InputError) -> None:
-    raise error
+    raise InputError(str(error).replace("; mend it, or keep the rest with --skip-bad", ": mend it"))
 
 
 def _num_vectors(path: Path) -> int | None:

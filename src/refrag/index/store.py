@@ -79,6 +79,8 @@ class PassageIndex:
         table = PassageTable.open(local_address(path))
         manifest = Manifest.from_metadata(table.schema.metadata, table.path)
         if model is not None:
+            if not hasattr(model, "fingerprint"):
+                raise InputError(f"The model of an index must be a RefragModel, was {model!r}: load it with refrag.model.load_model(name).")
             manifest.check_model(model.fingerprint(), table.path)
         if retriever is not None:
             manifest.check_retriever(retriever.identity(), table.path)
@@ -380,6 +382,9 @@ class PassageIndex:
 
 def content_hash(passage: Passage) -> str:
     """Changes when the title, text or metadata of a passage do. Raises InputError for what cannot be stored."""
+    for name in ("id", "title", "text"):
+        if not isinstance(value := getattr(passage, name), str):
+            raise InputError(f"The {name} of a passage must be a text, was {value!r}: put it between quotes.")
     try:
         passage.id.encode()
         return sha256(json_text({"title": passage.title, "text": passage.text, "metadata": passage.metadata}).encode()).hexdigest()[:32]

@@ -351,7 +351,7 @@ def plain_errors(path: str) -> Generator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reasons = {"No space left": "the disk is full", "File too large": "the file system refuses files of this size", "Permission denied": "it may not be written"}
+        reasons = {"No space left": "the disk is full", "File too large": "the file system refuses files of this size", "Permission denied": "it may not be written", "Operation not permitted": "it may not be written", "Read-only file system": "its file system is read-only"}
         reason = next((words for sign, words in reasons.items() if sign in str(error)), None)
         if reason is None or isinstance(error, BackendError):
             raise
