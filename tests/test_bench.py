@@ -104,17 +104,17 @@ def test_training_in_words() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["latency", "--num-passages", "3"], "context_tokens must divide evenly over num_passages, were 4096 and 3: try context_tokens 4095."),
-        (["latency", "--index-passages", "4"], "index_passages must be num_passages (8) or more, was 4."),
+        (["latency", "--num-passages", "3"], "context_tokens must divide evenly over --num-passages, were 4096 and 3: try context_tokens 4095."),
+        (["latency", "--index-passages", "4"], "--index-passages must be num_passages (8) or more, was 4."),
         (["latency", "--model", "./missing"], "There is no model folder at ./missing: check --model."),
-        (["latency", "--sweep-context", "512", "100"], "sweep_context must divide evenly over num_passages, were 100 and 8: try sweep_context 96."),
-        (["throughput", "--batch-sizes", "1", "0"], "batch_sizes must be numbers of 1 or more, were [1, 0]: try 1 2 4 8."),
+        (["latency", "--sweep-context", "512", "100"], "--sweep-context must divide evenly over num_passages, were 100 and 8: try --sweep-context 96."),
+        (["throughput", "--batch-sizes", "1", "0"], "--batch-sizes must be numbers of 1 or more, were [1, 0]: try 1 2 4 8."),
         (["index", "--rounds", "0"], "rounds must be 1 or more, was 0."),
-        (["index", "--memory-passages", "-1", "5"], "memory_passages must be 0 or more, were [-1, 5]: try 1000 5000, or 0 0 for none."),
-        (["train", "--context-tokens", "1000"], "context_tokens must be whole chunks of 16, was 1000: try 992."),
+        (["index", "--memory-passages", "-1", "5"], "--memory-passages must be 0 or more, were [-1, 5]: try 1000 5000, or 0 0 for none."),
+        (["train", "--context-tokens", "1000"], "--context-tokens must be whole chunks of 16, was 1000: try 992."),
         (["latency", "--out", "."], "out must name a file, . is a folder: try --out result.json."),
         (["index", "--out", f"{__file__}/x.json"], f"out must lie in a folder that can be written to, {__file__} is a file: choose another --out."),
-        (["train", "--max-repeats", "3"], "max_repeats must be min_repeats (7) or more, was 3."),
+        (["train", "--max-repeats", "3"], "--max-repeats must be min_repeats (7) or more, was 3."),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,7 @@ def test_the_command_writes_a_result(tiny_model, tmp_path, capsys):
     assert content["variants"]["full"]["nats"]["8"]["mean"] > 0 and content["settings"]["data"] == [f"{tmp_path.name}/texts.txt"]
     assert "refrag" in capsys.readouterr().out
     assert main([word if word != "16" else "17" for word in command]) == 2
-    assert capsys.readouterr().err == "refrag: context_tokens must be a multiple of the chunk size, 4, was 17: try 16.\n"
+    assert capsys.readouterr().err == "refrag: --context-tokens must be a multiple of the chunk size, 4, was 17: try 16.\n"
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs the shared stories260K checkpoint")

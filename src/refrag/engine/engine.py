@@ -393,7 +393,7 @@ def _open(index: Any, model: RefragModel) -> Any:
 
     if isinstance(index, str | Path):
         index = PassageIndex.open(index, model=model)
-    elif not hasattr(index, "manifest"):
+    elif not hasattr(index, "model"):
         raise InputError(f"index must be a PassageIndex or its folder, was {index!r}.")
     elif index.model is not model:
         index.manifest.check_model(model.fingerprint(), index.path)
