@@ -65,9 +65,9 @@ def read(path: Path, limit: int | None) -> tuple[list[Passage], list[str], list[
 def rankings(index: PassageIndex, questions: list[str], depth: int) -> dict[str, list[list[str]]]:
     """Ids per question and mode, best first; the questions are embedded together."""
     found: dict[str, list[list[str]]] = {mode: [] for mode in MODES}
-    vectors = index.retriever.encode([index.retriever.instruction + question for question in questions])
+    vectors = index.retriever.encode_questions(questions)
     for question, vector in zip(questions, vectors, strict=True):
-        dense = index.table.nearest(vector, ("id",), limit=depth, where=None, exact=True)["id"].to_pylist()
+        dense = index.table.nearest([vector], ("id",), limit=depth, where=None, exact=True)[0]["id"].to_pylist()
         text = index.table.matching(question, ("id",), limit=depth, where=None)["id"].to_pylist()
         for mode, ids in zip(MODES, (dense, text, list(fuse([dense, text]))), strict=True):
             found[mode].append(ids)

@@ -65,8 +65,9 @@ class RefragGenerator:
         async with aclosing(self._engine().astream(query, self._source(documents), **self.options)) as pieces:
             number = 0
             async for piece in pieces:
-                if callback is not None:
-                    await callback(self._chunk(piece, number))  # type: ignore[misc]  # requires_async
+                sent = callback(self._chunk(piece, number)) if callback is not None else None
+                if sent is not None:
+                    await sent
                 number += 1
             return {"replies": [self._reply(pieces.answer)]}
 
