@@ -11,6 +11,7 @@ from refrag.demo.guidance import CITE_LAYER, READ_LAYER, Guide
 from refrag.demo.lessons import (
     CONTEXT_WEIGHT,
     IGNORED,
+    STRETCH,
     Lessons,
     MixedSteps,
     PolicySteps,
@@ -20,6 +21,7 @@ from refrag.demo.lessons import (
     cited,
     evidence_chunks,
     pointer_slots,
+    titles_of,
 )
 from refrag.demo.tokenizer import train_tokenizers
 from refrag.demo.train import decoder_config, encoder_config, slot_ids
@@ -73,7 +75,7 @@ def test_a_reading_batch_asks_every_question_and_weighs_the_answers(parts):
 def test_a_mixed_batch_has_labels_on_the_answers_alone(model):
     data = MixedSteps(model, num_steps=10)
     case = make_case(1, num_passages=2)
-    lesson = data.lessons.lesson(case)
+    lesson = data.lessons[0].lesson(case)
     for share in (False, True):
         batch = data.batch([lesson], [[share] * len(lesson.prompt.chunks)])
         labels, answers = batch["labels"][0], batch["answers"][0]
@@ -128,10 +130,24 @@ def test_policy_rows_mark_the_evidence(model):
     assert batch["gold"].any(1).all() and batch["gold"].shape == batch["chunk_mask"].shape == batch["chunk_embeds"].shape[:2]
 
 
+def test_a_model_of_two_chunk_sizes_is_trained_with_both(model, monkeypatch):
+    monkeypatch.setattr(model.config, "chunk_sizes", [8, 16])
+    assert {lessons.chunk_size for lessons in MixedSteps(model, num_steps=10).lessons} == {8, 16}
+    data = MixedSteps(model, num_steps=40, batch_passages=4, phases=STRETCH)
+    longest = {int(batch["encoder_attention_mask"].sum(1).max()) for step in range(12) if "encoder_attention_mask" in (batch := data[step])}
+    assert min(longest) < 16 < max(longest)
+
+
+def test_passages_above_eight_are_not_guided():
+    case = make_case(7, num_passages=16)
+    titles = titles_of(case)
+    assert len(titles) == 9 and titles[0] == 0 and all(titles[1:])
+
+
 def test_guidance_points_at_the_header_of_the_passage_cited(parts, model):
     tokenizer, _ = parts
     lessons = Lessons(tokenizer, 8)
-    case = make_case(3, num_passages=3, rivals=True, brief=True)
+    case = make_case(3, num_passages=3, rivals=True, length="brief")
     lesson = lessons.lesson(case)
     ids = torch.tensor([lesson.prompt.token_ids() + lesson.completion])
     start = ids.shape[1] - len(lesson.completion)
@@ -152,7 +168,7 @@ def test_guidance_points_at_what_each_token_of_an_answer_is_copied_from(parts, m
     tokenizer, _ = parts
     data = MixedSteps(model, num_steps=10)
     case = make_case(4, num_passages=2, kind=kind)
-    lesson = data.lessons.lesson(case)
+    lesson = data.lessons[0].lesson(case)
     mask = [expanded] * len(lesson.prompt.chunks)
     batch = data.batch([lesson], [mask])
     guide = Guide(tokenizer, model.decoder)

@@ -43,6 +43,15 @@ def test_no_passage_that_is_measured_is_trained_on():
     assert not trained & measured
 
 
+def test_long_passages_have_90_to_150_words_and_their_own_answers():
+    lengths = []
+    for case, question in evaluation_cases(40, length="long"):
+        lengths += [len(passage.text.split()) for passage in case.passages]
+        assert not question.gold or case.passages[question.gold[-1]].text[slice(*question.span)] == question.answer
+    assert min(lengths) >= 90 and max(lengths) <= 150
+    assert sum(lengths) > 2 * sum(len(passage.text.split()) for case, _ in evaluation_cases(40) for passage in case.passages)
+
+
 @pytest.mark.parametrize("split", ["train", "held-out", "held-out-forms"])
 def test_the_span_of_a_question_holds_its_answer(split):
     for case in cases(split):
@@ -104,7 +113,7 @@ def matches(form, text):
 
 
 def test_rivals_differ_only_by_name():
-    case = make_case(1, num_passages=4, rivals=True, brief=True)
+    case = make_case(1, num_passages=4, rivals=True, length="brief")
     facts = stated(case)
     relations = [{name for entity, name in facts if entity == passage.title} for passage in case.passages]
     assert len({passage.title for passage in case.passages}) == 4 and all(own == relations[0] for own in relations)

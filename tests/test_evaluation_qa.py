@@ -302,6 +302,7 @@ def test_the_command_shows_a_table_and_writes_the_result(capsys, tmp_path):
     assert status == 0 and "plain" in table and "none" in table and "4 questions, 3.0 passages each" in table and "result:" in err
     content = read_result(out, kind="qa")
     assert content["settings"]["data"] == ["almanac"] and content["data"]["questions"] == 4 and "out" not in content["settings"]
+    assert content["model"]["chunk_size"] == 8
 
 
 ROW = {"id": "q1", "question": "Who?", "answers": ["Ann"], "passages": ["Ann founded it."]}
@@ -339,6 +340,8 @@ def test_bad_rows_can_be_left_out():
     [
         ([], "There is nothing to ask: name questions with --data, for example  --data almanac"),
         (["--data", "almanac", "other.jsonl"], "The almanac is a data set of its own: give --data almanac alone."),
+        (["--data", "almanac-long", "almanac"], "The almanac is a data set of its own: give --data almanac-long alone."),
+        (["--data", "almanac", "--chunk-size", "12"], "This model was made with --chunk-size 8"),
         (["--data", "missing.jsonl"], "No data 'missing.jsonl' was found: check the name."),
         (["--data", "almanac", "--limit", "0"], "limit must be 1 or more, was 0."),
         (["--data", "almanac", "--index", "i", "--pool"], "Passages are retrieved from one place: give either --index or --pool."),

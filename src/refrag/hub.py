@@ -40,7 +40,7 @@ EXPORT_MARK = "refrag-decoder.json"
 """Tells an exported decoder's folder from others."""
 OUTPUT_LAYERS = ["lm_head", "embed_out"]
 """Names of a decoder's last layer: GPT-NeoX has the second."""
-BOUND = ("chunk_size", "pooling", "projector_width", "policy", "encoder_config", "decoder_config")
+BOUND = ("chunk_size", "chunk_sizes", "pooling", "projector_width", "policy", "encoder_config", "decoder_config")
 """Settings that the weights were trained with: a folder cannot be loaded with others."""
 
 
@@ -124,8 +124,9 @@ def apply_overrides(config: Any, kwargs: dict[str, Any]) -> None:
     """Take settings of the config out of `kwargs`; raises MismatchError when one contradicts what the weights were trained with."""
     for key in [key for key in kwargs if key in type(config).__annotations__]:
         value, saved = kwargs.pop(key), getattr(config, key)
-        if key in BOUND and value != saved:
-            raise MismatchError(f"This model was made with {key} {saved}, {value} was asked for: leave {key} out, or train a model with it.")
+        trained = config.chunk_sizes if key == "chunk_size" and config.chunk_sizes else (saved,)
+        if key in BOUND and value not in trained:
+            raise MismatchError(f"This model was made with {key} {' or '.join(map(str, trained))}, {value} was asked for: leave {key} out, or train a model with it.")
         setattr(config, key, value)
 
 

@@ -40,6 +40,8 @@ class RefragConfig(PretrainedConfig):
     decoder_config: Any = None
     chunk_size: int = 16
     """Tokens per chunk."""
+    chunk_sizes: list[int] | None = None
+    """What `chunk_size` may be set to when the model is loaded: the sizes its weights were trained with. None: only `chunk_size`."""
     pooling: str = "cls"
     """How the encoder's token vectors become one vector per chunk: `cls` or `mean`."""
     projector_width: int | None = None
@@ -67,11 +69,10 @@ class RefragConfig(PretrainedConfig):
         if kwargs.get("attn_implementation") is not None:
             self._attn_implementation = kwargs["attn_implementation"]
         self.policy = POLICY_DEFAULTS | (self.policy or {})
-        self._check()
-
-    def _check(self) -> None:
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise InputError(f"chunk_size must be a whole number of 1 or more, was {self.chunk_size}: try 16.")
+        if self.chunk_sizes is not None and self.chunk_size not in self.chunk_sizes:
+            raise InputError(f"chunk_size must be one of chunk_sizes, {self.chunk_sizes}, was {self.chunk_size}.")
         if self.pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, was {self.pooling!r}.")
         if not 0 <= self.expand_fraction <= 1:
@@ -438,8 +439,7 @@ def _dtype(dtype: str | torch.dtype, name: str, device: torch.device, download: 
         with torch.device("meta"):
             size = RefragModel(hub.read_config(RefragConfig, name, **download)).num_parameters()
         return fastest_dtype(device) if size >= LARGE_MODEL else torch.float32
-    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    known = getattr(torch, short.get(dtype, dtype), None)
+    known = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, dtype), None)
     if not isinstance(known, torch.dtype) or not known.is_floating_point:
         raise InputError(f"dtype must be auto, float32, bfloat16 or float16, was {dtype!r}.")
     return known

@@ -14,8 +14,8 @@ from ..errors import InputError
 from ..evaluation.tasks import PerplexitySettings, QaSettings, QuestionSettings, RetrievalSettings, portable_name, resolve_systems
 from .options import AsJson, Messages, ModelOptions, show
 
-ALMANAC = "almanac"
-"""Name of the invented world as a data set."""
+ALMANAC: dict[str, dict[str, Any]] = {"almanac": {}, "almanac-long": {"length": "long"}, "almanac-forms": {"split": "held-out-forms"}}
+"""Names of the invented world as a data set: usual passages, long ones, and sentence and question forms that training never showed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +150,16 @@ def _questions(settings: QuestionSettings, *, num_passages: int) -> tuple[list[A
     """The questions of files and data sets, or of the almanac."""
     from ..evaluation.questions import read_questions, take_questions
 
-    if ALMANAC not in settings.data:
+    world = next((name for name in settings.data if name in ALMANAC), None)
+    if world is None:
         return read_questions(settings)
     if len(settings.data) > 1:
-        raise InputError("The almanac is a data set of its own: give --data almanac alone.")
+        raise InputError(f"The almanac is a data set of its own: give --data {world} alone.")
     from ..demo.almanac import evaluation_rows
 
     count = settings.limit or 1000
-    rows = evaluation_rows(count, num_passages=num_passages if not settings.pool else 8, seed=settings.seed)
-    return take_questions(((f"almanac, row {number}", row) for number, row in enumerate(rows, 1)), settings)
+    rows = evaluation_rows(count, num_passages=num_passages if not settings.pool else 8, seed=settings.seed, **ALMANAC[world])
+    return take_questions(((f"{world}, row {number}", row) for number, row in enumerate(rows, 1)), settings)
 
 
 def _check_index(index: str | None) -> None:

@@ -51,16 +51,19 @@ class ModelOptions:
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto: float32 for small models, else what is fastest on the device."""
+    chunk_size: int | None = None
+    """Tokens per chunk, of the sizes that the model was trained with; by default its first. An index belongs to one."""
 
     def load(self, *, for_backend: bool = False) -> Any:
-        """The RefragModel; without its decoder's layers `for_backend`."""
+        """The RefragModel; without its decoder's layers `for_backend`. Raises MismatchError for a chunk size that it was not trained with."""
         from transformers.utils.logging import disable_progress_bar
 
         from ..engine.reader import load_reader
         from ..model import load_model
 
         disable_progress_bar()
-        return (load_reader if for_backend else load_model)(self.model, device=self.device, dtype=self.dtype)
+        chunks: dict[str, Any] = {} if self.chunk_size is None else {"chunk_size": self.chunk_size}
+        return (load_reader if for_backend else load_model)(self.model, device=self.device, dtype=self.dtype, **chunks)
 
 
 @dataclass(frozen=True)

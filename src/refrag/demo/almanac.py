@@ -26,6 +26,10 @@ UNKNOWN = "unknown"
 
 Kind = Literal["one-hop", "two-hop", "unanswerable"]
 
+Length = Literal["brief", "usual", "long"]
+LENGTHS: dict[Length, dict[int, int]] = {"brief": {0: 1}, "usual": {40: 70, 55: 20, 75: 8, 110: 2}, "long": {90: 1, 110: 1, 130: 1}}
+"""Least words of a passage: weight. Usual passages have 40 to 150 words, long ones 90 to 150; brief ones hold nothing but facts."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -85,8 +89,8 @@ def name_words(kind: str, held_out: bool) -> tuple[str, ...]:
 class _Writer:
     """Draws names, facts and sentences for one case."""
 
-    def __init__(self, rng: random.Random, split: Split, *, brief: bool = False) -> None:
-        self.rng, self.brief = rng, brief
+    def __init__(self, rng: random.Random, split: Split, *, lengths: dict[int, int]) -> None:
+        self.rng, self.lengths = rng, lengths
         self.held_out_names = split != "train"
         self.held_out_forms = split == "held-out-forms"
         self.used: set[str] = set()
@@ -125,13 +129,13 @@ class _Writer:
         return sentence
 
     def write(self, draft: _Draft) -> None:
-        """Turn the draft's facts into 40 to 150 words, remembering where each answer stands."""
+        """Turn the draft's facts into at least as many words as are drawn, remembering where each answer stands."""
         sentences: list[tuple[str | None, str]] = []
         for relation, answer in draft.facts.items():
             statement = self.form(forms.RELATIONS[draft.kind][relation].statements)
             subject = draft.subject if self.rng.random() < 0.75 else forms.NOUN_PHRASES[draft.kind]
             sentences.append((relation, statement.replace("{s}", subject).replace("{a}", answer)))
-        goal = 0 if self.brief else self.rng.choices((40, 55, 75, 110), weights=(70, 20, 8, 2))[0]
+        goal = self.rng.choices(tuple(self.lengths), weights=tuple(self.lengths.values()))[0]
         while sum(len(sentence.split()) for _, sentence in sentences) < goal:
             filler = self.filler(draft)
             if all(filler != sentence for _, sentence in sentences):
@@ -231,20 +235,20 @@ def make_case(
     split: Split = "train",
     num_passages: int = 8,
     kind: Kind = "one-hop",
+    length: Length = "usual",
     rivals: bool = False,
-    brief: bool = False,
     chains: bool = False,
     absent: int = 1,
 ) -> Case:
     """One context and its questions, a pure function of the arguments. Questions of `kind` come first, shuffled.
 
     No answer of a question of `kind` stands in a title; a case in which one would is drawn again. For training only:
-    `rivals` takes one passage an entity, all with the same relations; `brief` leaves out all sentences without a fact;
+    `rivals` takes one passage an entity, all with the same relations; the length `brief` leaves out all sentences without a fact;
     `chains` fills a two-hop case with chains; an unanswerable case leaves out a passage of each of `absent` entities.
     """
     for attempt in range(100):
         rng = random.Random(f"{seed}/{split}/{num_passages}/{kind}/{attempt}")
-        writer = _Writer(rng, split, brief=brief)
+        writer = _Writer(rng, split, lengths=LENGTHS[length])
         if kind == "two-hop":
             drafts, questions = _two_hop_case(writer, max(num_passages, 2), chains=chains)
         else:
@@ -263,11 +267,11 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:10]
 
 
-def evaluation_cases(num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0) -> Iterator[tuple[Case, Question]]:
+def evaluation_cases(num_questions: int, *, split: Split = "held-out", num_passages: int = 8, length: Length = "usual", seed: int = 0) -> Iterator[tuple[Case, Question]]:
     """`num_questions` pairs of a case and its first question: of every ten, eight one-hop, one two-hop, one unanswerable."""
     kinds: tuple[Kind, ...] = ("one-hop",) * 8 + ("two-hop", "unanswerable")
     for i in range(num_questions):
-        case = make_case(f"evaluation-{seed}-{i}", split=split, num_passages=num_passages, kind=kinds[i % 10])
+        case = make_case(f"evaluation-{seed}-{i}", split=split, num_passages=num_passages, kind=kinds[i % 10], length=length)
         yield case, case.questions[0]
 
 
@@ -283,12 +287,12 @@ def findings(question: Question) -> list[str]:
     return [*filter(None, (question.bridge,)), question.answer]
 
 
-def evaluation_rows(num_questions: int, *, split: Split = "held-out", num_passages: int = 8, seed: int = 0, cite: bool = False) -> Iterator[dict[str, Any]]:
+def evaluation_rows(num_questions: int, *, cite: bool = False, **how: Any) -> Iterator[dict[str, Any]]:
     """The same questions as rows `{id, question, answers, kind, passages: [{id, title, text, is_gold}]}`.
 
     With `cite` the first answer is the one the bundled model is to give, citations before the words: for training.
     """
-    for i, (case, question) in enumerate(evaluation_cases(num_questions, split=split, num_passages=num_passages, seed=seed)):
+    for i, (case, question) in enumerate(evaluation_cases(num_questions, **how)):
         passages = [{"id": p.id, "title": p.title, "text": p.text, "is_gold": j in question.gold} for j, p in enumerate(case.passages)]
         answers = [cited(question).strip(), question.answer] if cite else [question.answer]
         yield {"id": str(i), "question": question.text, "answers": answers, "kind": question.kind, "passages": passages}

@@ -16,10 +16,10 @@ from ..layout import IGNORED
 from ..model import RefragModel
 from ..text import Chunk, Passage, Prompt, PromptBuilder
 from ..training.batches import ROUND, layout_batch, place_completions
-from .almanac import Case, Kind, Question, cited, findings, make_case
+from .almanac import Case, Kind, Length, Question, cited, findings, make_case
 
-MAX_PASSAGES = 8
-"""The almanac's tokenizer keeps the numbers [1] to [8] whole."""
+WHOLE_NUMBERS = 8
+"""The almanac's tokenizer keeps the numbers [1] to [8] whole; passages with higher ones are not guided."""
 
 CONTEXT_WEIGHT = 0.1
 """Loss weight of a token of the passages, against 1 for a token of an answer."""
@@ -37,6 +37,8 @@ class Phase(NamedTuple):
     """Share of cases in which each passage is another entity's, all with the same relations."""
     brief: float = 0.0
     """Share of batches without filler sentences."""
+    long: float = 0.0
+    """Share of the other batches with long passages."""
     kinds: tuple[float, float, float] = (2, 2, 1)
     """Weights of one-hop, two-hop and unanswerable cases."""
     chains: float = 0.0
@@ -69,6 +71,9 @@ POLISH = (
 )
 """Further training, once single facts are found: chains of two facts, whose first answer is said too, and more that is not there."""
 
+STRETCH = (Phase(10**9, {2: 0.05, 4: 0.2, 8: 0.6, 16: 0.15}, rivals=0.1, long=0.45, kinds=(2, 2, 1.2), chains=0.6, absent=3),)
+"""Once eight usual passages are read well: long ones, and sixteen."""
+
 ANSWER_WEIGHTS = {"one-hop": 1.0, "two-hop": 2.0, "unanswerable": 1.5}
 """Loss weight of an answer's tokens by kind of question: there are about ten single facts to each of the others."""
 
@@ -99,7 +104,7 @@ class Lessons:
 
     def __init__(self, tokenizer: Any, chunk_size: int) -> None:
         self.builder = PromptBuilder(tokenizer, chunk_size=chunk_size)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chunk_size = tokenizer, chunk_size
 
     def lesson(self, case: Case, max_questions: int = 20) -> Lesson:
         """All questions of a case in one row: the passages are read once and asked about many times."""
@@ -125,7 +130,8 @@ class Lessons:
 def titles_of(case: Case) -> list[int]:
     """`Lesson.titles` of a case."""
     known = list(dict.fromkeys(passage.title for passage in case.passages))
-    return [0, *(known.index(passage.title) + 1 for passage in case.passages)] + [0] * (MAX_PASSAGES - len(case.passages))
+    titles = [known.index(passage.title) + 1 for passage in case.passages[:WHOLE_NUMBERS]]
+    return [0, *titles] + [0] * (WHOLE_NUMBERS - len(titles))
 
 
 class _Sources:
@@ -164,20 +170,20 @@ def pointer_slots(lesson: Lesson, mask: Sequence[bool], *, row: int) -> list[tup
 
 
 def draw_cases(seed: int, step: int, *, phases: Sequence[Phase], batch_passages: int) -> list[Case]:
-    """The cases of one step: as many of one size as together have about `batch_passages` passages, twice that if brief."""
+    """The cases of one step: as many of one size as together have about `batch_passages` passages, twice that if brief, half if long."""
     rng = random.Random(f"lesson-{seed}-{step}")
     phase = next(phase for phase in phases if step < phase.until)
     size = rng.choices(list(phase.sizes), weights=list(phase.sizes.values()))[0]
-    brief = rng.random() < phase.brief
+    length: Length = "brief" if rng.random() < phase.brief else "long" if phase.long and rng.random() < phase.long else "usual"
     names: tuple[Kind, ...] = ("one-hop", "two-hop", "unanswerable")
-    count = max(1, batch_passages * (2 if brief else 1) // size)
+    count = max(1, int(batch_passages * {"brief": 2, "usual": 1, "long": 0.5}[length]) // size)
     cases = []
     for i in range(count):
         rivals = rng.random() < phase.rivals
         weights = (1, 0, 0) if size < 2 and not rivals else (3, 0, 1) if rivals else phase.kinds
         kind = rng.choices(names, weights=weights)[0]
         chains, absent = rng.random() < phase.chains, min(rng.randint(1, phase.absent), size)
-        cases.append(make_case(f"{seed}-{step}-{i}", num_passages=size, kind=kind, rivals=rivals, brief=brief, chains=chains, absent=absent))
+        cases.append(make_case(f"{seed}-{step}-{i}", num_passages=size, kind=kind, rivals=rivals, length=length, chains=chains, absent=absent))
     return cases
 
 
@@ -217,6 +223,11 @@ def answer_weights(lesson: Lesson) -> list[float]:
     return [lesson.weights[n - 1] if n else 0.0 for n in lesson.answers]
 
 
+def chunk_sizes(model: RefragModel) -> list[int]:
+    """The sizes that a batch draws from."""
+    return model.config.chunk_sizes or [model.config.chunk_size]
+
+
 class ReconstructionSteps(Dataset):
     """Reconstruction (paper section 2): L chunk vectors in, all their tokens out; L grows 1, 2, 4, 8 over training.
 
@@ -227,8 +238,8 @@ class ReconstructionSteps(Dataset):
 
     def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 0, batch_chunks: int = 128) -> None:
         self.model, self.num_steps, self.seed, self.batch_chunks = model, num_steps, seed, batch_chunks
-        self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
-        self.long_builder = PromptBuilder(model.tokenizer, chunk_size=2 * model.config.chunk_size)
+        self.builders = [PromptBuilder(model.tokenizer, chunk_size=size) for size in chunk_sizes(model)]
+        self.long_builders = [PromptBuilder(model.tokenizer, chunk_size=2 * size) for size in chunk_sizes(model)]
 
     def __len__(self) -> int:
         return self.num_steps
@@ -238,10 +249,11 @@ class ReconstructionSteps(Dataset):
         allowed = self.sizes[: 1 + int(len(self.sizes) * step / self.num_steps)]
         size = rng.choice((allowed[-1], *allowed))
         passages = (p for n in range(1000) for p in make_case(f"reconstruction-{self.seed}-{step}-{n}").passages)
-        builder = self.long_builder if size == 1 and rng.random() < 0.5 else self.builder
+        long = size == 1 and rng.random() < 0.5
+        builder = rng.choice(self.long_builders if long else self.builders)
         prompts = [self._prompt(rng, next(passages), size, builder=builder) for _ in range(self.batch_chunks // size)]
         completions = [[token for chunk in prompt.chunks for token in chunk.token_ids] for prompt in prompts]
-        name = f"reconstruct-{size}" + ("-long" if builder is self.long_builder else "")
+        name = f"reconstruct-{size}" + ("-long" if long else "")
         return layout_batch(self.model, prompts, [[False] * len(p.chunks) for p in prompts], completions=completions) | {"name": name}
 
     def _prompt(self, rng: random.Random, passage: Passage, size: int, *, builder: PromptBuilder) -> Prompt:
@@ -266,7 +278,7 @@ class MixedSteps(Dataset):
     def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 1, batch_passages: int = 32, phases: Sequence[Phase] = MIXED, full: float = 0.25) -> None:
         self.model, self.num_steps, self.seed, self.batch_passages = model, num_steps, seed, batch_passages
         self.phases, self.full = phases, full
-        self.lessons = Lessons(model.tokenizer, model.config.chunk_size)
+        self.lessons = [Lessons(model.tokenizer, size) for size in chunk_sizes(model)]
         self.reconstruction = ReconstructionSteps(model, num_steps=num_steps, seed=seed)
 
     def __len__(self) -> int:
@@ -278,7 +290,8 @@ class MixedSteps(Dataset):
         cases = draw_cases(self.seed, step, phases=self.phases, batch_passages=self.batch_passages)
         rng = random.Random(f"mixed-{self.seed}-{step}")
         how = rng.choices(("full", "none", "some", "gold"), weights=(self.full, 0.3, 0.15, 0.3))[0]
-        lessons = [self.lessons.lesson(case) for case in cases]
+        source = rng.choice(self.lessons)
+        lessons = [source.lesson(case) for case in cases]
         masks = [self._expand(rng, how, lesson.prompt, case) for lesson, case in zip(lessons, cases, strict=True)]
         batch = self.batch(lessons, masks)
         pointers = [pair for row, (lesson, mask) in enumerate(zip(lessons, masks, strict=True)) for pair in pointer_slots(lesson, mask, row=row)]
@@ -321,15 +334,17 @@ class PolicySteps(Dataset):
 
     def __init__(self, model: RefragModel, *, num_steps: int, seed: int = 3) -> None:
         self.model, self.num_steps, self.seed = model, num_steps, seed
-        self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
+        self.builders = [PromptBuilder(model.tokenizer, chunk_size=size) for size in chunk_sizes(model)]
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        case = make_case(f"policy-{self.seed}-{step}", num_passages=(8, 8, 4, 2)[step % 4], kind=("one-hop", "two-hop")[step % 3 == 0], chains=step % 2 == 0)
+        rng = random.Random(f"policy-{self.seed}-{step}")
+        size, length = rng.choice((16, 8, 8, 8, 4, 2)), rng.choice(("usual", "usual", "long"))
+        case = make_case(f"policy-{self.seed}-{step}", num_passages=size, kind=("one-hop", "two-hop")[step % 3 == 0], length=length, chains=step % 2 == 0)
         questions = [question for question in case.questions if question.gold]
-        prompt = self.builder.build(questions[0].text, case.passages)
+        prompt = rng.choice(self.builders).build(questions[0].text, case.passages)
         vectors = self.model.encode(prompt.chunk_texts() + [question.text for question in questions])
         chunks, asked = vectors[: len(prompt.chunks)], vectors[len(prompt.chunks) :]
         rows = len(questions)

@@ -4,6 +4,7 @@
     python -m refrag.demo.train reconstruction --output-dir runs/bundled encoder and projector, decoder frozen
     python -m refrag.demo.train mixed --output-dir runs/bundled          everything: vectors, tokens, and both
     python -m refrag.demo.train polish --output-dir runs/bundled         the same, with chains of facts and what is not there
+    python -m refrag.demo.train stretch --output-dir runs/bundled        the same, with long passages and chunks of two sizes
     python -m refrag.demo.train policy --output-dir runs/bundled         which chunks to expand
     python -m refrag.demo.train export --output-dir runs/bundled         half precision, into the package
 
@@ -12,6 +13,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from ..model import RefragModel
 from ..training.policy import PolicyWithGold
 from ..training.trainer import RefragTrainer
 from .guidance import CITE_LAYER, Guide
-from .lessons import POLISH, Lessons, MixedSteps, PolicySteps, ReadingSteps, ReconstructionSteps
+from .lessons import POLISH, STRETCH, Lessons, MixedSteps, Phase, PolicySteps, ReadingSteps, ReconstructionSteps
 from .run import POLICY_FRACTION
 from .tokenizer import train_tokenizers
 
 CHUNK_SIZE = 8
+CHUNK_SIZES = [8, 16]
 GUIDANCE = 0.3
 """Weight of the attention's loss beside the answers'."""
 
@@ -106,16 +109,27 @@ def mixed(args: argparse.Namespace) -> None:
 
 def polish(args: argparse.Namespace) -> None:
     """As mixed, from its model or the one given by `--start`: chains of two facts, absent facts, and more of full text."""
-    model = RefragModel.from_pretrained(resolve_model(args.start or args.output_dir / "mixed"), dtype=torch.float32).train()
+    go_on(args, "mixed", seed=5, phases=POLISH, full=0.45)
+
+
+def stretch(args: argparse.Namespace) -> None:
+    """As polish, from its model: half of the passages are long, some contexts have sixteen, and chunks have 8 or 16 tokens."""
+    go_on(args, "polish", seed=7, phases=STRETCH, full=0.4, sizes=CHUNK_SIZES)
+
+
+def go_on(args: argparse.Namespace, before: str, *, seed: int, phases: Sequence[Phase], full: float, sizes: list[int] | None = None) -> None:
+    """Mixed training from the model of the stage before, or the one given by `--start`."""
+    model = RefragModel.from_pretrained(resolve_model(args.start or args.output_dir / before), dtype=torch.float32).train()
+    model.config.chunk_sizes = sizes
     model.requires_grad_(True)
     policy_of(model).requires_grad_(False)
-    data = MixedSteps(model, num_steps=args.num_steps, seed=args.seed + 5, batch_passages=args.batch_passages, phases=POLISH, full=0.45)
+    data = MixedSteps(model, num_steps=args.num_steps, seed=args.seed + seed, batch_passages=args.batch_passages, phases=phases, full=full)
     fit(model, data, args, guide=Guide(model.tokenizer, model.decoder))
 
 
 def policy(args: argparse.Namespace) -> None:
     """The policy learns from marked evidence to rank chunks for a question; encoder and decoder stay as they are."""
-    model = RefragModel.from_pretrained(resolve_model(args.start or args.output_dir / "polish"), dtype=torch.float32).eval()
+    model = RefragModel.from_pretrained(resolve_model(args.start or args.output_dir / "stretch"), dtype=torch.float32).eval()
     data, folder = PolicySteps(model, num_steps=args.num_steps, seed=args.seed + 3), args.output_dir / "policy"
     trainer = Trainer(model=PolicyWithGold(policy_of(model)), args=training_arguments(folder, args), train_dataset=data, data_collator=first)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
@@ -190,7 +204,7 @@ def training_arguments(folder: Path, args: argparse.Namespace) -> TrainingArgume
     )  # fmt: skip
 
 
-STAGES = {"reading": reading, "reconstruction": reconstruction, "mixed": mixed, "polish": polish, "policy": policy, "export": export}
+STAGES = {"reading": reading, "reconstruction": reconstruction, "mixed": mixed, "polish": polish, "stretch": stretch, "policy": policy, "export": export}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ class QuestionSettings:
     """Where questions come from and what is retrieved for them."""
 
     data: tuple[str, ...] = ()
-    """Questions: files, folders, saved data sets (`folder:split`), hub names, or `almanac`, the invented world."""
+    """Questions: files, folders, saved data sets (`folder:split`), hub names, or the invented world: `almanac`, `almanac-long` (long passages), `almanac-forms` (new sentences)."""
     limit: int | None = None
     """Only so many questions, drawn at random by the seed."""
     index: str | None = None
