@@ -295,7 +295,7 @@ def test_retriever_weights_that_changed_on_disk_are_refused(tmp_path, tiny_model
 def test_other_formats_are_refused(tmp_path, tiny_model, settings):
     manifest = replace(Manifest(settings, tiny_model.fingerprint(), {"name": "x"}), format_version=99)
     table.PassageTable.create(str(tmp_path / "index"), table.table_schema(manifest, 4), replace=False)
-    with pytest.raises(MismatchError, match="has format 99, this version of refrag reads format 1"):
+    with pytest.raises(MismatchError, match="has format 99, this version of refrag reads format 2"):
         PassageIndex.open(tmp_path / "index")
     lancedb.connect(tmp_path / "foreign").create_table("passages", pa.table({"id": ["a"]}))
     with pytest.raises(MismatchError, match="was not made by refrag"):
@@ -313,7 +313,7 @@ def test_a_model_is_needed_to_add(index):
 def test_info(index):
     index.add(make_passages(9))
     info = index.info()
-    assert (info["passages"], info["format_version"], info["storage"]) == (9, 1, "float16")
+    assert (info["passages"], info["format_version"], info["storage"]) == (9, 2, "float16")
     assert info["chunks"] == sum(len(vectors) for vectors in index.chunk_embeds([passage.id for passage in make_passages(9)]).values())
     assert info["model"]["chunk_size"] == 4 and "projector" not in info["model"] and info["bytes"] > 0
     json.dumps(info)
@@ -324,10 +324,13 @@ def test_verify_names_what_is_wrong(index):
     lance = lancedb.connect(index.path).open_table("passages")
     lance.update(where="id = 'it''s 0 é'", values={"text": "forged"})
     lance.update(where="id = 'it''s 1 é'", values={"num_chunks": 1000})
+    cell = lance.search().where("id = 'it''s 3 é'").to_arrow()["chunk_embeds"][0].as_py()
+    lance.update(where="id = 'it''s 3 é'", values={"chunk_embeds": bytes([cell[0] ^ 1]) + cell[1:]})
     time.sleep(1.1)
     problems = "\n".join(index.verify())
     assert "it's 0 é\" is not the one that was stored" in problems
     assert "it's 1 é\" should hold 1000 chunk vectors" in problems
+    assert "it's 3 é\" does not hold the vectors that were stored: their checksum differs" in problems
     assert "it's 2 é" not in problems
 
 

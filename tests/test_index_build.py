@@ -278,6 +278,12 @@ def test_damage_is_one_sentence(run, tmp_path, capsys, model, pattern):
     assert run("build", good, "--rebuild")[0] == 0 and run("verify")[0] == 0
 
 
+def test_a_reader_that_panics_has_met_damage():
+    panic = type("RustPanic", (Exception,), {})  # pyo3_async_runtimes.RustPanic has no name to import
+    with pytest.raises(table.DamagedIndexError, match=r"since a file of it is damaged or missing \(rust future panicked: unknown error\): make it anew"), table.readable("i"):
+        raise panic("rust future panicked: unknown error")
+
+
 @pytest.mark.parametrize("said", ["LanceError(IO): Generic S3 error: Failed to resolve region for bucket 'b'\nx", "lance error: Generic GCS error: 403, /rust/x.rs:1"])
 def test_an_object_store_that_does_not_answer_is_not_called_damaged(said):
     reason = said.split("Generic ")[1].splitlines()[0].split(", /")[0]

@@ -11,7 +11,7 @@ from ..errors import MismatchError
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_KEY = b"refrag"
 """Key of the manifest in the table's schema metadata: it is written with the table, in one commit."""
 

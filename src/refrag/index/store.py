@@ -11,6 +11,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -233,6 +234,8 @@ class PassageIndex:
         """A batch as rows of the table."""
         passages = batch.passages
         metadata = pa.array([json_text(passage.metadata) for passage in passages], pa.utf8())
+        retrieval = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
+        chunks = pack(embeds, batch.num_chunks, self.settings.storage)
         columns = [
             pa.array([passage.id for passage in passages], pa.utf8()),
             pa.array([passage.title for passage in passages], pa.utf8()),
@@ -240,9 +243,10 @@ class PassageIndex:
             pa.array([search_text(passage) for passage in passages], pa.utf8()),
             pa.ExtensionArray.from_storage(pa.json_(pa.utf8()), metadata),
             pa.array(batch.hashes, pa.utf8()),
-            pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1]),
-            pack(embeds, batch.num_chunks, self.settings.storage),
+            retrieval,
+            chunks,
             pa.array(batch.num_chunks, pa.int32()),
+            pa.array(_checksums(retrieval, chunks), pa.uint32()),
         ]
         return pa.table(columns, schema=table_schema(self.manifest, vectors.shape[1]))
 
@@ -346,7 +350,7 @@ class PassageIndex:
         problems: list[str] = []
         seen: set[str] = set()
         try:
-            for batch in self.table.scan((*PASSAGE_COLUMNS, "content_hash", "vector", "chunk_embeds", "num_chunks"), batch_size=256):
+            for batch in self.table.scan((*PASSAGE_COLUMNS, "content_hash", "vector", "chunk_embeds", "num_chunks", "vectors_crc32"), batch_size=256):
                 rows = pa.Table.from_batches([batch])
                 passages = _passages(rows)
                 for passage in passages:
@@ -364,12 +368,15 @@ class PassageIndex:
 
     def _problems(self, rows: pa.Table, passages: list[Passage]) -> Iterator[str]:
         row_bytes = row_type(self.settings.storage, self.manifest.encoder_width).itemsize
-        norms = np.linalg.norm(_matrix(rows["vector"].combine_chunks()), axis=1)
+        vectors = rows["vector"].combine_chunks()
+        norms, checksums = np.linalg.norm(_matrix(vectors), axis=1), _checksums(vectors, rows["chunk_embeds"].combine_chunks())
         chunked = self._builder.chunk_batch([passage.text for passage in passages]) if self.model is not None else None
         for number, passage in enumerate(passages):
             cell, count = rows["chunk_embeds"][number].as_py(), rows["num_chunks"][number].as_py()
             if rows["content_hash"][number].as_py() != content_hash(passage):
                 yield f"Passage {passage.id!r} is not the one that was stored: its content hash differs."
+            if rows["vectors_crc32"][number].as_py() != checksums[number]:
+                yield f"Passage {passage.id!r} does not hold the vectors that were stored: their checksum differs."
             if len(cell) != count * row_bytes:
                 yield f"Passage {passage.id!r} should hold {count} chunk vectors, its bytes are {len(cell)}."
             elif not np.isfinite(unpack(pa.array([cell], pa.large_binary()), self.settings.storage, self.manifest.encoder_width)[0].numpy()).all():
@@ -378,6 +385,12 @@ class PassageIndex:
                 yield f"Passage {passage.id!r} holds {count} chunk vectors, the model cuts it into {len(chunked[number].spans)} chunks."
             if not abs(norms[number] - 1) < 0.01:
                 yield f"Passage {passage.id!r} has a retrieval vector of length {norms[number]:.3f}, not 1."
+
+
+def _checksums(vectors: pa.FixedSizeListArray, chunks: pa.LargeBinaryArray) -> list[int]:
+    """CRC-32 of each passage's retrieval vector and, after it, its chunk vectors."""
+    halves = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(vectors), -1)
+    return [crc32(cell.as_buffer(), crc32(vector.tobytes())) for vector, cell in zip(halves, chunks, strict=True)]
 
 
 def content_hash(passage: Passage) -> str:

@@ -53,6 +53,7 @@ def table_schema(manifest: Manifest, retrieval_width: int) -> pa.Schema:
         pa.field("vector", pa.list_(pa.float16(), retrieval_width)),
         pa.field("chunk_embeds", pa.large_binary()),
         pa.field("num_chunks", pa.int32()),
+        pa.field("vectors_crc32", pa.uint32()),
     ]
     return pa.schema(fields, metadata={MANIFEST_KEY: manifest.to_json().encode()})
 
@@ -332,12 +333,15 @@ def readable(path: str) -> Generator[None]:
     """Damaged and missing files, and an object store that does not answer, become one sentence."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        panicked = type(error).__name__ == "RustPanic"  # how Lance ends on some damaged files
+        if not panicked and not isinstance(error, OSError | RuntimeError | ValueError):
+            raise
         text = str(error)
         if is_remote(path) and "Generic " in text and not isinstance(error, RefragError):  # how the object_store library begins such errors
             reason = text[text.index("Generic ") + len("Generic ") :].splitlines()[0].split(", /")[0]
             raise BackendError(f"The index at {path} cannot be reached ({reason}): check the address, the network and the credentials.") from error
-        if isinstance(error, RefragError) or not ("LanceError(" in text or "lance error: Not found" in text or "does not appear to be a Lance file" in text):
+        if isinstance(error, RefragError) or not (panicked or "LanceError(" in text or "lance error: Not found" in text or "does not appear to be a Lance file" in text):
             raise
         reason = text.removeprefix("lance error: ").splitlines()[0].split(", /")[0]
         raise DamagedIndexError(
