@@ -29,6 +29,9 @@ def test_hybrid_requests_of_different_depth_do_not_change_each_other(tiny_model,
         ({"policy": 3}, "The policy must be a name or a function that scores chunks, was an int: choose one of none, all"),
         ({"top_k": 10**12}, "top_k must be at most 1000000, was 1000000000000: take a smaller number"),
         ({"top_k": "3"}, "top_k must be a whole number, was '3'"),
+        ({"passages_first": "no"}, "passages_first must be True or False, was 'no'"),
+        ({"where": "id = 'a'"}, "where filters what is retrieved, but passages were given: leave one of them out"),
+        ({"policy": "none", "expand_fraction": 0.1}, "The policy 'none' expands nothing, but a budget to expand was given: leave it out, or choose another policy"),
     ],
 )
 def test_wrong_kinds_of_options_are_one_sentence(unchecked, options: dict, sentence: str) -> None:

@@ -73,8 +73,6 @@ class Ask:
             raise InputError("How files are read belongs to --passages: leave --skip-bad, --encoding, --text-column and --subset out.")
         if self.top_k is not None:
             check_whole("--top-k", self.top_k, minimum=1)
-        if self.policy == "none" and (self.budget.expand_chunks or self.budget.expand_fraction):
-            raise InputError("The policy 'none' expands nothing, but a budget to expand was given: leave it out, or choose another --policy.")
         if self.faiss is not None and (self.index is None or self.mode != "dense" or self.where is not None):
             raise InputError("--faiss searches the vectors of an index by meaning: give --index, and leave --mode and --where out.")
         console = self.messages.console()

@@ -89,6 +89,12 @@ class Request:
                 raise InputError(f"{name} must be a {kind.__name__}, was {_kind(getattr(self, name))}: pass its fields by name, or {kind.__name__}(…).")
         if self.system is not None and not isinstance(self.system, str):
             raise InputError(f"The system text must be a text, was {_kind(self.system)}.")
+        if not isinstance(self.passages_first, bool):
+            raise InputError(f"passages_first must be True or False, was {self.passages_first!r}.")
+        if self.passages is not None and self.where is not None:
+            raise InputError("where filters what is retrieved, but passages were given: leave one of them out.")
+        if self.policy == "none" and (self.budget.expand_chunks or self.budget.expand_fraction):
+            raise InputError("The policy 'none' expands nothing, but a budget to expand was given: leave it out, or choose another policy.")
         if self.mode not in get_args(SearchMode):
             raise InputError(f"mode must be one of {', '.join(get_args(SearchMode))}, was {self.mode!r}.")
         if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):

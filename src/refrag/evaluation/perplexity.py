@@ -67,7 +67,7 @@ def measure(model: RefragModel, documents: Iterable[Document], settings: Perplex
     Raises InputError for a context that is no multiple of the chunk size, for texts that are all too short, and for a policy
     that the model does not have.
     """
-    chunk_size = settings.chunk_size or model.config.chunk_size
+    chunk_size = model.config.chunk_size
     if settings.context_tokens % chunk_size:
         near = max(settings.context_tokens // chunk_size, 1) * chunk_size
         raise InputError(f"context_tokens must be a multiple of the chunk size, {chunk_size}, was {settings.context_tokens}: try {near}.")

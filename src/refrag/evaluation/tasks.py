@@ -192,8 +192,6 @@ class PerplexitySettings:
     """Tokens of context, s: a multiple of the chunk size."""
     output_tokens: tuple[int, ...] = (16, 32, 128)
     """Numbers of tokens after the context that are scored, o: a value for each."""
-    chunk_size: int | None = None
-    """Tokens per chunk, k; by default the model's own."""
     policies: tuple[str, ...] = ()
     """Policies to compare at equal rate; by default all that the model has."""
     expand_fractions: tuple[float, ...] = (0.1,)
@@ -209,8 +207,6 @@ class PerplexitySettings:
         """Raises InputError for values out of range."""
         for name in ("context_tokens", "limit", "batch_size"):
             check_whole(name, getattr(self, name), minimum=1)
-        if self.chunk_size is not None:
-            check_whole("chunk_size", self.chunk_size, minimum=1)
         if not self.output_tokens:
             raise InputError("There is nothing to score: give --output-tokens one number or more, for example 16 128.")
         for number in self.output_tokens:
