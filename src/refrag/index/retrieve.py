@@ -94,7 +94,7 @@ class SentenceEncoder:
         longest = max(map(len, tokenize_texts(self.tokenizer, texts, window=1 << 30)), default=0)
         if longest > self.max_tokens:
             over = longest - self.max_tokens
-            raise InputError(f"The question has {longest} tokens, {over} more than the retriever's window of {self.max_tokens}: shorten it, or search with --mode text.")
+            raise InputError(f"The question has {longest} tokens, {over} more than the retriever's window of {self.max_tokens}: shorten it, or search by words, with mode text.")
         return self.encode(texts)
 
     def encode_passages(self, passages: Sequence[Passage]) -> Float[np.ndarray, "passage width"]:
