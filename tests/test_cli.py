@@ -137,6 +137,7 @@ def test_debug_shows_lengths_and_shapes(model: str, corpus: Path, capsys) -> Non
 def test_info(model: str, index: str, capsys) -> None:
     assert main(["info", "--model", model, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
+    assert values["chunk_sizes"] == [4]
     assert (values["chunk_size"], values["device"], values["model"]) == (4, "cpu", model)
     assert values["decoder"].startswith("llama, ")
     assert main(["info", "--model", model]) == 0

@@ -32,6 +32,7 @@ class Stages:
         (settings.output_dir / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
         result = {"stage": stage, "finished": self.finished, "steps": 2, "eval_loss": settings.learning_rate}
         if self.finished:
+            (settings.output_dir / "model").mkdir(exist_ok=True)
             (settings.output_dir / "result.json").write_text(json.dumps(result))
         return result
 

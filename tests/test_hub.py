@@ -123,12 +123,13 @@ def test_another_chunk_size_or_pooling_is_refused(tiny_model, tmp_path, change, 
         load_model(str(tmp_path / "model"), **change)
 
 
-def test_a_model_of_several_chunk_sizes_is_loaded_with_any_of_them(tiny_model, tmp_path):
-    tiny_model.config.chunk_sizes = [4, 8]
+def test_a_model_of_several_chunk_sizes_is_loaded_with_any_of_them(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_model.config, "chunk_sizes", [4, 8])
     tiny_model.save_pretrained(tmp_path / "model")
     small, large = (load_model(str(tmp_path / "model"), device="cpu", **how) for how in ({}, {"chunk_size": 8}))
     assert (small.config.chunk_size, large.config.chunk_size) == (4, 8)
     assert {key for key, value in small.fingerprint().items() if value != large.fingerprint()[key]} == {"chunk_size"}
+    assert "| chunk_size | 4 or 8 tokens |" in hub.model_card(small)
     with pytest.raises(MismatchError, match="made with chunk_size 4 or 8, 16 was asked for: leave chunk_size out, or train a model with it"):
         load_model(str(tmp_path / "model"), chunk_size=16)
     with pytest.raises(InputError, match=r"chunk_size must be one of chunk_sizes, \[4, 8\], was 5\."):

@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from refrag.errors import InputError
+from refrag.errors import InputError, MismatchError
+from refrag.training.fit import build_model
 from refrag.training.optimizer import MuonAdamW
 from refrag.training.policy import PolicyWithGold, gold_loss, gold_recall
+from refrag.training.settings import CptSettings
 from refrag.training.trainer import NonFiniteLossError, RefragTrainer, apart, next_token_loss
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
@@ -259,3 +261,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, make_deco
     with pytest.raises(NonFiniteLossError, match=r"The gradient norm was (inf|nan)\. .*layers.0.mlp.down_proj"):
         run.train()
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_a_model_of_several_chunk_sizes_is_trained_further_with_one(tmp_path):
+    model = build_model(CptSettings(model="bundled", data=("d",), output_dir=tmp_path / "out", chunk_size=16))
+    assert (model.config.chunk_size, model.config.chunk_sizes) == (16, None)
+    with pytest.raises(MismatchError, match="made with chunk_size 8 or 16, 32 was asked for"):
+        build_model(CptSettings(model="bundled", data=("d",), output_dir=tmp_path / "out", chunk_size=32))

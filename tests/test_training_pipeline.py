@@ -37,7 +37,10 @@ cpt: {data: documents.jsonl, num_steps: 5}
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("documents", "questions", "more"):
+        (tmp_path / f"{name}.jsonl").touch()
     path = tmp_path / "pipeline.yaml"
     path.write_text(PIPELINE.replace("OUT", str(tmp_path / "out")), encoding="utf-8")
     return path
@@ -54,6 +57,7 @@ class Stages:
         finished = stage != self.stop
         (settings.output_dir / "model").mkdir(parents=True, exist_ok=True)
         (settings.output_dir / "settings.json").write_text(json.dumps({"stage": stage} | settings_values(settings)))
+        (settings.output_dir / "log.jsonl").touch()
         if finished:
             (settings.output_dir / "result.json").write_text(json.dumps({"stage": stage, "finished": True}))
         return {"stage": stage, "finished": finished}
@@ -304,6 +308,8 @@ def test_a_result_that_was_cut_short_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"finished": tr')
     assert not is_done(settings)
     (tmp_path / "result.json").write_text('{"finished": true}')
+    assert not is_done(PolicySettings(output_dir=tmp_path))  # its model is gone
+    (tmp_path / "model").mkdir()
     (tmp_path / "settings.json").write_text(json.dumps(settings_values(settings)))
     assert is_done(settings)
     with pytest.raises(InputError, match="group_size was 8, is 4"):

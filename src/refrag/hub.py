@@ -374,7 +374,7 @@ def model_card(model: Any, *, license: str | None = None) -> str:
         "|---|---|",
         f"| decoder | {config.decoder_name or config.decoder_config.model_type}{f' @ {config.decoder_revision}' if config.decoder_revision else ''} |",
         f"| encoder | {config.encoder_name or config.encoder_config.model_type}, {config.pooling} pooling |",
-        f"| chunk_size | {config.chunk_size} tokens |",
+        f"| chunk_size | {' or '.join(map(str, config.chunk_sizes or [config.chunk_size]))} tokens |",
         f"| policy | {config.policy['kind']}, {'trained' if config.policy['trained'] else 'not trained'} |",
         f"| LoRA | {'yes' if config.lora else 'no'} |",
         "",

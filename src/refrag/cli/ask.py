@@ -178,6 +178,7 @@ class Info:
             "model": self.model.model,
             **parts,
             "chunk_size": config.chunk_size,
+            "chunk_sizes": config.chunk_sizes or [config.chunk_size],
             "pooling": config.pooling,
             "policy": f"{config.policy['kind']}, {'trained' if model.has_trained_policy else 'not trained'}",
             "expand_fraction": config.expand_fraction,

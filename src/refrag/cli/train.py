@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg, subcommand
 
-from ..errors import InputError, RefragError
+from ..data.sources import holds_questions
+from ..errors import InputError, NotFoundError, RefragError
 from ..training.pipeline import (
     STAGES,
     check_values,
@@ -173,6 +174,17 @@ class StageSettings:
     data: tuple[str, ...] = ()
     """Files and folders, saved data sets, or names on the Hugging Face hub."""
 
+    def likely_stage(self) -> str:
+        """The stage that the file names; else sft for questions, cpt for texts."""
+        values = {} if self.config is None else read_settings(self.config)
+        if values.get("stage") in ("reconstruction", "cpt", "sft"):
+            return str(values["stage"])
+        data = self.data or values.get("data") or ()
+        try:
+            return "sft" if data and holds_questions([data] if isinstance(data, str) else [*map(str, data)]) else "cpt"
+        except (InputError, NotFoundError):  # which the stage will say
+            return "cpt"
+
     def read(self, stage: str, output_dir: Path | None = None) -> TrainSettings:
         """The stage's settings. Raises InputError as the file and the settings do."""
         values = {} if self.config is None else check_values(stage, read_settings(self.config), str(self.config))
@@ -226,8 +238,8 @@ class Doctor:
     Exit status 1 when something is wrong.
     """
 
-    stage: Literal["reconstruction", "cpt", "sft"] = "cpt"
-    """Stage whose batches and trained parts are looked at."""
+    stage: Literal["reconstruction", "cpt", "sft"] | None = None
+    """Stage whose batches and trained parts are looked at; by default sft for questions, cpt for texts."""
     settings: StageSettings
     steps: int = 3
     """Optimizer steps in each precision."""
@@ -239,16 +251,19 @@ class Doctor:
 
     def run(self) -> int:
         """Everything happens in refrag.training.doctor."""
-        settings = self.settings.read(self.stage)
+        stage = self.stage or self.settings.likely_stage()
+        settings = self.settings.read(stage)
         if not settings.data:
             raise InputError("There is nothing to look at: name files, folders or data sets with --data.")
+        if settings.streaming:
+            raise InputError("doctor takes batches from the beginning, middle and end of the data, a stream has none: leave --set streaming=true out.")
         _console(self.messages)
         from ..encoder import resolve_device
         from ..training.doctor import doctor, render
         from ..training.fit import build_model
 
         model = build_model(settings).to(resolve_device(settings.device))
-        batches, texts = _doctor_batches(model, settings, self.stage)
+        batches, texts = _doctor_batches(model, settings, stage)
         report = doctor(model, batches, steps=self.steps, learning_rate=settings.learning_rate, precisions=self.precisions, texts=texts)
         print(_json(report) if self.as_json else render(report))
         return 1 if report["problems"] else 0

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -42,6 +42,23 @@ def find_sources(names: Sequence[str], kind: Kind, *, streaming: bool) -> list[S
     Raises NotFoundError for a name that is neither a path nor on the hub, InputError for what cannot hold rows of this kind.
     """
     return [source for name in names for source in _find(name, kind, streaming)]
+
+
+def check_files(names: Sequence[str], kind: Kind) -> None:
+    """Raises as `find_sources` does, but names on the hub are not looked up."""
+    for name in names:
+        path = Path(name).expanduser()
+        if path.exists() or _HUB_NAME.fullmatch(name.rpartition(":")[0] or name) is None or _reader(path, "documents") is not None:
+            _find(name, kind, False)
+
+
+def holds_questions(names: Sequence[str]) -> bool:
+    """Whether the first row that can be read is a question or a conversation; a text is neither. Raises as `find_sources` does."""
+    for source in find_sources(names, "documents", streaming=False):
+        for _, row in source.read():
+            if not isinstance(row, InputError):
+                return isinstance(row, Mapping) and ("question" in row or "messages" in row)
+    return False
 
 
 def import_datasets() -> Any:

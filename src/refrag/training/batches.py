@@ -59,7 +59,7 @@ def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[boo
     batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels, num_chunks=0), "labels": labels}
     if all(map(all, masks)) and not encode_all:
         return batch
-    texts = [text for prompt in prompts for text in prompt.chunk_texts()]
+    texts = [text for prompt in prompts for text in prompt.chunk_texts()] or [""]
     ids, mask = encoder_inputs(model.encoder, model.encoder_tokenizer, texts + [""] * padding(len(texts)))
     batch["layout"] = replace(batch["layout"], num_chunks=len(ids))
     return batch | {"encoder_input_ids": ids, "encoder_attention_mask": mask}
@@ -182,15 +182,17 @@ class DocumentStage(Protocol):
 class DocumentBatches(Dataset):
     """Micro-batches over documents that lie ready; `item` numbers go on where a pass over the windows ends."""
 
-    def __init__(self, stage: DocumentStage, windows: Windows, *, num_items: int, batch_size: int) -> None:
+    def __init__(self, stage: DocumentStage, windows: Windows, *, num_items: int, batch_size: int, num_rows: int | None = None) -> None:
+        """The last micro-batch is smaller where there are only `num_rows`."""
         self.stage, self.windows, self.num_items, self.batch_size = stage, windows, num_items, batch_size
+        self.num_rows = num_items * batch_size if num_rows is None else num_rows
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         count = self.stage.needed(item)
-        rows = [self.windows.refs(item * self.batch_size + row, count) for row in range(self.batch_size)]
+        rows = [self.windows.refs(row, count) for row in range(item * self.batch_size, min((item + 1) * self.batch_size, self.num_rows))]
         return self.stage.batch(item, [(self.windows.chunked, refs) for refs in rows])
 
 
@@ -200,26 +202,30 @@ class DocumentStream(IterableDataset):
     Documents too short for the row at hand are packed, or dropped and counted; what is left of a long one is cut further.
     """
 
-    def __init__(self, stage: DocumentStage, documents: Iterable[Text], builder: PromptBuilder, *, num_items: int, batch_size: int, pack: bool) -> None:
+    def __init__(
+        self, stage: DocumentStage, documents: Iterable[Text], builder: PromptBuilder, *, num_items: int, batch_size: int, pack: bool, counts: dict[str, int] | None = None
+    ) -> None:
+        """What is dropped is counted in `counts`, under `dropped_documents`: what is left of long ones too."""
         self.stage, self.documents, self.builder = stage, documents, builder
         self.num_items, self.batch_size, self.pack = num_items, batch_size, pack
-        self.dropped = 0
+        self.counts = {} if counts is None else counts
 
     def __len__(self) -> int:
         return self.num_items
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         source, held, used = iter(self.documents), ChunkedDocuments([], self.builder), 0
+        self.counts["dropped_documents"] = 0
         for item in range(self.num_items):
             rows = []
             for _ in range(self.batch_size):
                 count = self.stage.needed(item)
                 while held.total - used < count:
                     left = [] if not self.pack else _rest(held, used)
-                    self.dropped += not self.pack and held.total > used
+                    self.counts["dropped_documents"] += not self.pack and held.total > used
                     document = next(source, None)
                     if document is None:
-                        raise InputError(f"The stream ended after {item} of {self.num_items} micro-batches: lower --num-steps or add data.")
+                        raise InputError(f"The stream ended after {item} of {self.num_items} micro-batches: add data, or start anew, in another --output-dir, with a lower --num-steps.")
                     held, used = ChunkedDocuments([*left, document], self.builder), 0
                 rows.append((held, held.refs(used, count)))
                 used += count

@@ -3,53 +3,76 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from safetensors import SafetensorError, safe_open
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..errors import InputError
-from .settings import WITHOUT_EFFECT, TrainSettings
+from .settings import LOG_FILE, MODEL_FOLDER, RESULT_FILE, SETTINGS_FILE, WITHOUT_EFFECT, TrainSettings, has_begun
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE, LOG_FILE, RESULT_FILE, MODEL_FOLDER, BEST_LINK = "settings.json", "log.jsonl", "result.json", "model", "best"
+BEST_LINK = "best"
+FINGERPRINT = "data_fingerprint"
+"""Key in settings.json: what the data were when the run began."""
 _STAGING = ".saving"
 
 
 # ── whose folder ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def claim(settings: TrainSettings, stage: str) -> dict[str, Any] | None:
-    """Make the output folder this run's, and write its resolved settings there; returns the result of a run that is finished.
+def check_folder(settings: TrainSettings, stage: str) -> dict[str, Any] | None:
+    """Whether this run may use its output folder; returns the result of a run that is finished there. Nothing is written.
 
-    Raises InputError when the folder holds another run, something else, or a run that must not go on.
+    Raises InputError when the folder holds another run that has begun, something else, or a run that must not go on, and when
+    there can be no such folder.
     """
     folder, resolved = settings.output_dir, resolve(settings, stage)
-    if folder.is_file():
-        raise InputError(f"--output-dir must be a folder, {folder} is a file: choose another.")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--output-dir must be a folder, {there} is a file: choose another.")
     known = read_json(folder / SETTINGS_FILE)
     if known is None and folder.exists() and any(folder.iterdir()):
         raise InputError(f"--output-dir must be a new folder or one of a run, {folder} holds other files: choose another.")
-    if known is not None:
-        other = next((key for key in (*known, *resolved) if key not in WITHOUT_EFFECT and known.get(key) != resolved.get(key)), None)
+    if known is not None and has_begun(folder):
+        other = next((key for key in (*known, *resolved) if key not in (*WITHOUT_EFFECT, FINGERPRINT) and known.get(key) != resolved.get(key)), None)
         if other is not None:
             raise InputError(
                 f"The folder {folder} holds another run ({other} was {known.get(other)!r}, now {resolved.get(other)!r}): choose another --output-dir, or remove it."
             )
         result = read_json(folder / RESULT_FILE)
-        if result is not None and result.get("finished"):
+        if result is not None and result.get("finished") and (folder / MODEL_FOLDER).is_dir():
             return result
         if not settings.resume and checkpoints(folder):
             raise InputError(f"The folder {folder} holds an unfinished run: leave --no-resume out to go on with it, or choose another --output-dir.")
-    write_json(folder / SETTINGS_FILE, resolved)
     return None
+
+
+def claim(settings: TrainSettings, stage: str, fingerprint: str | None) -> None:
+    """Make the output folder this run's: write its resolved settings there, and what its data are.
+
+    Raises InputError when the run began with other data, and where nothing can be written.
+    """
+    path = settings.output_dir / SETTINGS_FILE
+    before = (read_json(path) or {}).get(FINGERPRINT) if has_begun(settings.output_dir) else None
+    if None not in (before, fingerprint) and before != fingerprint:
+        raise InputError(f"The run in {settings.output_dir} began with other data than --data and --eval-data hold now: put them back, or choose another --output-dir.")
+    try:
+        write_json(path, resolve(settings, stage) | {FINGERPRINT: fingerprint})
+    except OSError as error:
+        if _is_disk_full(error):
+            raise
+        raise InputError(f"--output-dir must be a folder that can be written to, {settings.output_dir} is not ({error.strerror}): choose another.") from error
 
 
 def resolve(settings: TrainSettings, stage: str) -> dict[str, Any]:
@@ -59,8 +82,11 @@ def resolve(settings: TrainSettings, stage: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    """What a JSON file holds; None where there is none. Raises InputError for one that is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: remove the folder of the run, or choose another --output-dir.") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -75,9 +101,33 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
     return [path for _, path in sorted(found)]
+
+
+def latest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files can be read; damaged ones are named in a warning. Raises InputError where all are damaged."""
+    saved = checkpoints(folder)
+    for path in reversed(saved):
+        broken = next((file.name for file in sorted(path.iterdir()) if not _is_readable(file)), None)
+        if broken is None:
+            return path
+        logger.warning("%s is damaged (%s): it is left out", path, broken)
+    if saved:
+        raise InputError(f"All checkpoints in {folder} are damaged: remove the folder and start again, or choose another --output-dir.")
+    return None
+
+
+def _is_readable(file: Path) -> bool:
+    """Whether a file of weights or of training state is whole, as far as its format says."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                return True
+        return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
+    except SafetensorError:
+        return False
 
 
 def save_whole(trainer: Any, save: Callable[[], None]) -> None:
@@ -189,6 +239,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, self._before)
 
 
+class Patience(EarlyStoppingCallback):
+    """Stops after so many evaluations without a better result; how many there were is read from the log, so that a run that goes on counts on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        best = math.inf
+        for value in (entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry):
+            self.early_stopping_patience_counter = 0 if value < best else self.early_stopping_patience_counter + 1
+            best = min(best, value)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
 class Bar(TrainerCallback):
     """A bar on stderr: steps, loss, tokens per second, time left."""
 
@@ -211,6 +276,10 @@ class Bar(TrainerCallback):
             self.bar.set_postfix({shown[key]: f"{float(logs[key]):.4g}" for key in shown if key in logs}, refresh=False)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, also where an error ends the run."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -45,6 +45,8 @@ class Loaded(Generic[T]):
     """`Rows[T]`, a sequence; with `streaming` a `Stream[T]`, which has no length."""
     evaluation: Sequence[T]
     counts: dict[str, int]
+    fingerprint: str | None = None
+    """Changes with the texts, or the questions and answers, to train and evaluate on; None for a stream."""
 
 
 def load(settings: TrainSettings, kind: Kind) -> Loaded[Any]:
@@ -123,7 +125,8 @@ def _load_rows(settings: TrainSettings, kind: Kind) -> Loaded[Any]:
     counts = {"rows": len(rows) + bad, "bad": bad, "held_out": len(rows) - len(train), "train": len(train)}
     counts["duplicates"] = len(train) - len(np.unique(keys[np.unique(owners, return_index=True)[1]]))
     evaluation = evaluation.take(np.sort(np.argsort(evaluation.groups, kind="stable")[: settings.eval_rows]))
-    return Loaded(train, evaluation, counts | {"evaluation": len(evaluation), "eval_bad": eval_bad})
+    told = [array.tobytes() for array in (*train.keys(), *evaluation.keys())]
+    return Loaded(train, evaluation, counts | {"evaluation": len(evaluation), "eval_bad": eval_bad}, sha256(b"/".join(told)).hexdigest()[:16])
 
 
 def _sources(names: Sequence[str], kind: Kind, settings: TrainSettings) -> list[Source]:

@@ -50,9 +50,9 @@ def document_data(model: RefragModel, settings: DocumentSettings, stage: Callabl
     size = stage(model, settings, num_items=1).num_chunks
     if settings.streaming:
         assert settings.num_steps is not None
-        num_steps, counts = settings.num_steps, dict(loaded.counts)
+        num_steps, counts = settings.num_steps, loaded.counts  # which the stream goes on counting in
         num_items = num_steps * items_per_step(settings)
-        train: Any = DocumentStream(stage(model, settings, num_items=num_items), loaded.train, builder, num_items=num_items, batch_size=settings.batch_size, pack=pack)
+        train: Any = DocumentStream(stage(model, settings, num_items=num_items), loaded.train, builder, num_items=num_items, batch_size=settings.batch_size, pack=pack, counts=counts)
     else:
         windows = Windows(ChunkedDocuments(loaded.train, builder), size, pack=pack, seed=settings.seed)
         num_steps = steps_of(settings, len(windows))
@@ -60,7 +60,7 @@ def document_data(model: RefragModel, settings: DocumentSettings, stage: Callabl
         train = DocumentBatches(stage(model, settings, num_items=num_items), windows, num_items=num_items, batch_size=settings.batch_size)
         counts = loaded.counts | windows.counts
     logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
-    return StageData(train, _evaluation(model, settings, stage, loaded.evaluation, builder, pack), num_steps, counts)
+    return StageData(train, _evaluation(model, settings, stage, loaded.evaluation, builder, pack), num_steps, counts, loaded.fingerprint)
 
 
 def _evaluation(model: RefragModel, settings: DocumentSettings, stage: Callable[..., Any], documents: Any, builder: PromptBuilder, pack: bool) -> Any:
@@ -74,6 +74,6 @@ def _evaluation(model: RefragModel, settings: DocumentSettings, stage: Callable[
         logger.warning("The held-out documents have %d chunks, a window takes %d: nothing is evaluated.", chunked.total, size)
         return None
     windows = Windows(chunked, size, pack=pack or not (chunked.num_chunks >= size).any(), seed=plain.seed)
-    batch_size = min(plain.batch_size, len(windows), plain.eval_rows or 1)
-    num_items = max(1, min(plain.eval_rows, len(windows)) // batch_size)
-    return DocumentBatches(stage(model, plain, num_items=num_items), windows, num_items=num_items, batch_size=batch_size) if plain.eval_rows else None
+    num_rows = min(plain.eval_rows, len(windows))
+    num_items = -(-num_rows // plain.batch_size)
+    return DocumentBatches(stage(model, plain, num_items=num_items), windows, num_items=num_items, batch_size=plain.batch_size, num_rows=num_rows) if num_rows else None

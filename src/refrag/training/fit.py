@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
 from .. import hub
 from ..config import resolve_model
 from ..encoder import fastest_dtype, resolve_device
-from ..errors import InputError, first_line, missing_extra
+from ..errors import InputError, MismatchError, first_line, missing_extra
 from ..model import RefragConfig, RefragModel
-from .checkpoints import LOG_FILE, MODEL_FOLDER, RESULT_FILE, Bar, LogFile, StopOnSignal, checkpoints, claim, resolve, write_json
-from .settings import TrainSettings
+from .checkpoints import Bar, LogFile, Patience, StopOnSignal, check_folder, claim, latest_whole, resolve, write_json
+from .settings import LOG_FILE, MODEL_FOLDER, RESULT_FILE, ReconstructionSettings, TrainSettings
 from .sharding import full_state
 from .trainer import RefragTrainer
 
@@ -34,7 +34,9 @@ class StageData:
     num_steps: int
     """Optimizer steps."""
     counts: dict[str, int]
-    """What became of the rows."""
+    """What became of the rows; of a stream so far."""
+    fingerprint: str | None = None
+    """What the rows are; None for a stream."""
 
 
 Prepare = Callable[[RefragModel, Any], StageData]
@@ -42,7 +44,7 @@ Conclude = Callable[[Any, StageData], dict[str, Any]]
 
 
 def fit(settings: Any, stage: str, prepare: Prepare, *, trainer_class: Any = RefragTrainer, conclude: Conclude | None = None) -> dict[str, Any]:
-    """Run a stage: claim the folder, build the model, train or go on, save; returns what result.json holds.
+    """Run a stage: check the folder, build the model, claim the folder, train or go on, save; returns what result.json holds.
 
     `conclude` is called before the model is saved; what it returns joins the result.
 
@@ -53,13 +55,15 @@ def fit(settings: Any, stage: str, prepare: Prepare, *, trainer_class: Any = Ref
     if not settings.data:
         raise InputError("There is nothing to train on: name files, folders or data sets with --data.")
     check_processes(settings)
-    done = claim(settings, stage)
+    done = check_folder(settings, stage)
     if done is not None:
         logger.info("%s holds this run, finished", settings.output_dir)
         return done
     model = build_model(settings)
     data = prepare(model, settings)
-    trainer, signals = make_trainer(model, data, settings, trainer_class)
+    trainer, signals = make_trainer(model, data, settings, trainer_class)  # all processes are there from here on
+    if trainer.args.should_save:
+        claim(settings, stage, data.fingerprint)
     result, finished = train(trainer, signals, data, stage)
     if finished:
         result |= conclude(trainer, data) if conclude else {}
@@ -79,8 +83,9 @@ def build_model(settings: TrainSettings) -> RefragModel:
         shape = {"chunk_size": settings.chunk_size or 16, "pooling": settings.pooling, "projector_width": settings.projector_width}
         model = RefragModel.from_parts(settings.encoder, settings.decoder, part_kwargs={"dtype": torch.float32}, **shape)
     else:
-        asked = {} if settings.chunk_size is None else {"chunk_size": settings.chunk_size}
+        asked = {name: value for name in ("chunk_size", "pooling", "projector_width") if (value := getattr(settings, name)) != getattr(TrainSettings, name)}
         model = RefragModel.from_pretrained(resolve_model(settings.start), dtype=torch.float32, **asked)
+        model.config.chunk_sizes = None  # it is trained further with one
     model.requires_grad_(True)
     if settings.lora_rank:
         _add_lora(model, settings)
@@ -88,13 +93,17 @@ def build_model(settings: TrainSettings) -> RefragModel:
 
 
 def _add_lora(model: RefragModel, settings: TrainSettings) -> None:
-    """LoRA on the decoder (saved with the model) and, if asked for, on the encoder (merged into it at the end)."""
+    """LoRA on the decoder (saved with the model) and, if asked for, on the encoder (merged into it at the end); in reconstruction on the encoder alone."""
 
     def lora() -> Any:  # one for each part: peft writes the layers it found into it
         return hub.import_peft().LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
 
-    if model.config.lora is None:
+    if isinstance(settings, ReconstructionSettings):
+        pass
+    elif model.config.lora is None:
         model.add_lora(lora())
+    elif model.config.lora["r"] != settings.lora_rank:
+        raise MismatchError(f"This model has LoRA layers of rank {model.config.lora['r']}, --lora-rank {settings.lora_rank} was asked for: pass --lora-rank {model.config.lora['r']}.")
     else:
         for name, parameter in model.decoder.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -125,19 +134,16 @@ def training_arguments(settings: TrainSettings, *, num_steps: int, evaluates: bo
         _check_bitsandbytes()
     evaluation: dict[str, Any] = {"eval_strategy": "no"}
     if evaluates:
-        every = settings.eval_every or settings.save_every
-        if settings.save_every % every:
-            raise InputError(f"--save-every must be a multiple of --eval-every, were {settings.save_every} and {every}: the best checkpoint must exist.")
-        evaluation = {"eval_strategy": "steps", "eval_steps": every, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        evaluation = {"eval_strategy": "steps", "eval_steps": settings.eval_every or settings.save_every, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     return TrainingArguments(
         output_dir=str(settings.output_dir), max_steps=num_steps, per_device_train_batch_size=1, gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup_steps(num_steps), weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm, optim="adamw_bnb_8bit" if settings.optimizer == "adamw_8bit" else "adamw_torch", bf16=precision == "bf16", fp16=precision == "fp16",
-        gradient_checkpointing=settings.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None, torch_compile=settings.torch_compile,
+        torch_compile=settings.torch_compile, accelerator_config={"dispatch_batches": False},  # each process reads a stream itself: layouts are no tensors to hand out
         fsdp=True if settings.fsdp else None,  # ty: ignore[invalid-argument-type]  transformers wants True and says str
-        use_cpu=resolve_device(settings.device).type == "cpu", logging_steps=settings.log_every, logging_nan_inf_filter=False, save_steps=settings.save_every,
+        use_cpu=resolve_device(settings.device).type == "cpu", logging_steps=min(settings.log_every, num_steps), logging_nan_inf_filter=False, save_steps=settings.save_every,
         save_total_limit=settings.keep, report_to=list(settings.report_to) or "none", seed=settings.seed, data_seed=settings.seed, remove_unused_columns=False, dataloader_num_workers=0,
-        ddp_find_unused_parameters=False, **evaluation,
+        ddp_find_unused_parameters=False, **evaluation, **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}),
     )  # fmt: skip
 
 
@@ -170,7 +176,7 @@ def make_trainer(model: RefragModel, data: StageData, settings: TrainSettings, t
     args, signals = training_arguments(settings, num_steps=data.num_steps, evaluates=data.evaluation is not None), StopOnSignal()
     callbacks: list[Any] = [LogFile(settings.output_dir), signals]
     if settings.patience and data.evaluation is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+        callbacks.append(Patience(early_stopping_patience=settings.patience))
     trainer = trainer_class(
         model=model, args=args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=first, callbacks=callbacks,
         optimizer_name=settings.optimizer,
@@ -184,10 +190,15 @@ def make_trainer(model: RefragModel, data: StageData, settings: TrainSettings, t
 
 def train(trainer: Any, signals: StopOnSignal, data: StageData, stage: str) -> tuple[dict[str, Any], bool]:
     """Train, or go on from the last checkpoint; returns the result, and whether the end was reached."""
-    saved, start = checkpoints(Path(trainer.args.output_dir)), time.perf_counter()
+    saved, start = latest_whole(Path(trainer.args.output_dir)), time.perf_counter()
     if saved:
-        logger.info("going on from %s", saved[-1].name)
-    trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        logger.info("going on from %s", saved.name)
+    try:
+        trainer.train(resume_from_checkpoint=str(saved) if saved else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Bar):
+                callback.close()
     result = {"stage": stage, "finished": not signals.stopped, "steps": trainer.state.global_step, "seconds": round(time.perf_counter() - start, 1), "counts": data.counts}
     if signals.stopped:
         logger.warning("told to stop: saved at step %d, the same command goes on", trainer.state.global_step)

@@ -27,14 +27,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..data.sources import check_files
 from ..errors import InputError, MissingExtraError, NotFoundError, missing_extra
-from .settings import STAGE_SETTINGS, WITHOUT_EFFECT, TrainSettings
+from .settings import MODEL_FOLDER, RESULT_FILE, SETTINGS_FILE, STAGE_SETTINGS, WITHOUT_EFFECT, TrainSettings, has_begun
 
 logger = logging.getLogger(__name__)
 
 STAGES = tuple(STAGE_SETTINGS)
 START = ("model", "encoder", "decoder")
 """The settings that say where a stage starts."""
+
+LORA, FROZEN = ("lora_rank", "lora_encoder"), ("reconstruction", "policy")
+"""Settings that are not shared with the stages that freeze the decoder."""
 
 RunStage = Callable[[str, Any], dict[str, Any]]
 """Runs the stage of this name with these settings; returns its result."""
@@ -215,7 +219,7 @@ def read_pipeline(path: Path, *, changes: Sequence[str] = (), output_dir: Path |
 
 def _common(values: Mapping[str, Any], stage: str, *, with_start: bool) -> dict[str, Any]:
     """The shared settings that a stage has."""
-    names = {field.name for field in fields(STAGE_SETTINGS[stage])}.difference(() if with_start else START)
+    names = {field.name for field in fields(STAGE_SETTINGS[stage])}.difference(() if with_start else START, LORA if stage in FROZEN else ())
     return {name: value for name, value in values.items() if name in names}
 
 
@@ -253,13 +257,14 @@ def _read_changes(changes: Sequence[str], stages: Collection[str]) -> tuple[dict
 
 
 def is_done(settings: TrainSettings) -> bool:
-    """Whether the stage's folder holds the finished result of these settings. Raises InputError when it holds a run with others."""
-    before, now = _read_json(settings.output_dir / "settings.json"), settings_values(settings)
+    """Whether the stage's folder holds the finished result of these settings. Raises InputError when a run with others has begun there."""
+    folder, now = settings.output_dir, settings_values(settings)
+    before = _read_json(folder / SETTINGS_FILE) if has_begun(folder) else {}
     changed = [name for name in now if name in before and before[name] != now[name] and name not in WITHOUT_EFFECT]
     if changed:
         shown = ", ".join(f"{name} was {json.dumps(before[name])}, is {json.dumps(now[name])}" for name in changed[:3])
-        raise InputError(f"{settings.output_dir} was trained with other settings ({shown}{', …' * (len(changed) > 3)}): remove that folder, or choose another output_dir.")
-    return bool(_read_json(settings.output_dir / "result.json").get("finished"))
+        raise InputError(f"{folder} was trained with other settings ({shown}{', …' * (len(changed) > 3)}): remove that folder, or choose another output_dir.")
+    return bool(_read_json(folder / RESULT_FILE).get("finished")) and (folder / MODEL_FOLDER).is_dir()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -280,16 +285,20 @@ def run_pipeline(stages: Mapping[str, TrainSettings], *, run: RunStage = run_sta
     """Run the stages in order, those that are done aside; `after` is called with each stage that was trained, its settings and result.
 
     Returns {"finished", "model": the last stage's folder, "skipped": names, "stages": {name: result}}. `finished` is False for a dry run,
-    and when a stage was told to stop: the next ones did not start. Raises InputError, before anything runs, when a folder holds a run
-    with other settings or from an earlier model.
+    and when a stage was told to stop: the next ones did not start. Raises InputError or NotFoundError, before anything runs, when a folder
+    holds a run with other settings or from an earlier model, when two stages write to one folder, and for data that are not there.
     """
+    _check_folders(stages)
     done = {stage: is_done(settings) for stage, settings in stages.items()}
     _check_order(stages, done)
+    for stage, settings in stages.items():
+        if not done[stage] and not settings.dry_run:
+            _check_data(stage, settings)
     results: dict[str, dict[str, Any]] = {}
     for stage, settings in stages.items():
         if done[stage] and not settings.dry_run:
             logger.info("%s is done, in %s", stage, settings.output_dir)
-            results[stage] = _read_json(settings.output_dir / "result.json")
+            results[stage] = _read_json(settings.output_dir / RESULT_FILE)
             continue
         logger.info("%s, into %s", stage, settings.output_dir)
         results[stage] = _dry_run(stage, settings, run) if settings.dry_run else run(stage, settings)
@@ -319,6 +328,22 @@ def _meet() -> None:
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
+
+
+def _check_folders(stages: Mapping[str, TrainSettings]) -> None:
+    """Raises InputError for two stages with one folder."""
+    owners: dict[Path, str] = {}
+    for stage, settings in stages.items():
+        other = owners.setdefault(settings.output_dir.absolute(), stage)
+        if other != stage:
+            raise InputError(f"{other} and {stage} would both write to {settings.output_dir}: give each stage an output_dir of its own, or none.")
+
+
+def _check_data(stage: str, settings: TrainSettings) -> None:
+    """Raises InputError for a stage without data, NotFoundError for data that are not there."""
+    if not settings.data:
+        raise InputError(f"{stage} has nothing to train on: name its data in its section, for example  {stage}: {{data: FILE}}.")
+    check_files([*settings.data, *settings.eval_data], "questions" if stage == "sft" else "documents")
 
 
 def _check_order(stages: Mapping[str, TrainSettings], done: Mapping[str, bool]) -> None:

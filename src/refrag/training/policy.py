@@ -299,7 +299,7 @@ def prepare(model: RefragModel, settings: PolicySettings) -> StageData:
     check_items(model, items.train, settings)
     num_steps = policy_steps(settings, len(items.train))
     steps = RolloutSteps(items.train, settings, num_steps=num_steps, micro_batches=items_per_step(settings))
-    return StageData(steps, items.evaluation or None, num_steps, items.counts)
+    return StageData(steps, items.evaluation or None, num_steps, items.counts, items.fingerprint)
 
 
 def run(settings: PolicySettings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..data.sources import find_sources
+from ..data.sources import holds_questions
 from ..errors import InputError
 from ..model import RefragModel
 from ..text import PromptBuilder
@@ -31,6 +31,7 @@ class Items(NamedTuple):
     train: Any
     evaluation: list[PolicyItem]
     counts: dict[str, int]
+    fingerprint: str | None
 
 
 class QuestionItems(Dataset):
@@ -91,18 +92,9 @@ def build_items(model: RefragModel, settings: PolicySettings) -> Items:
     """
     if settings.streaming:
         raise InputError("The policy reads its data whole, --streaming is for the stages over documents: leave it out.")
-    items = _question_items(model, settings) if holds_questions(settings) else _window_items(model, settings)
+    items = _question_items(model, settings) if holds_questions(settings.data) else _window_items(model, settings)
     logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in items.counts.items()))
     return items
-
-
-def holds_questions(settings: PolicySettings) -> bool:
-    """Whether the first row that can be read is a question or a conversation; a text is neither."""
-    for source in find_sources(settings.data, "documents", streaming=False):
-        for _, row in source.read():
-            if not isinstance(row, InputError):
-                return isinstance(row, Mapping) and ("question" in row or "messages" in row)
-    return False
 
 
 def _question_items(model: RefragModel, settings: PolicySettings) -> Items:
@@ -111,7 +103,7 @@ def _question_items(model: RefragModel, settings: PolicySettings) -> Items:
     evaluation, _ = _with_passages(loaded.evaluation, settings)
     held_out = QuestionItems(model, evaluation, replace(settings, seed=settings.seed + 1))
     items = [held_out[row] for row in range(min(settings.eval_rows, len(held_out)))]
-    return Items(QuestionItems(model, train, settings), items, loaded.counts | {"without_passages": bare})
+    return Items(QuestionItems(model, train, settings), items, loaded.counts | {"without_passages": bare}, loaded.fingerprint)
 
 
 def _with_passages(questions: Any, settings: PolicySettings) -> tuple[Any, int]:
@@ -134,7 +126,7 @@ def _window_items(model: RefragModel, settings: PolicySettings) -> Items:
     if held_out is None and settings.eval_rows:
         logger.warning("The held-out texts are too short for a window: nothing is evaluated.")
     evaluation = [] if held_out is None else [held_out[row] for row in range(min(settings.eval_rows, len(held_out)))]
-    return Items(windows, evaluation, loaded.counts | windows.windows.counts)
+    return Items(windows, evaluation, loaded.counts | windows.windows.counts, loaded.fingerprint)
 
 
 def _windows(model: RefragModel, documents: Sequence[Document], settings: PolicySettings) -> WindowItems | None:

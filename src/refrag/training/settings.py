@@ -5,16 +5,22 @@ Names are those of the command line (`--learning-rate` is `learning_rate`). Stag
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from ..config import BUNDLED_MODEL, check_whole
-from ..errors import InputError
+from ..errors import InputError, MissingExtraError
 
 Stage = Literal["reconstruction", "cpt", "sft", "policy"]
 Curriculum = Literal["paper", "prototype", "none"]
 """`paper`: nine stages over 1, 2, 4 … 256 units with the mixture of the paper's Table 8; `prototype`: 1, 2, 4 chunks, a third of training each; `none`: the longest at once."""
 
+
+SETTINGS_FILE, LOG_FILE, RESULT_FILE, MODEL_FOLDER = "settings.json", "log.jsonl", "result.json", "model"
+"""What the folder of a run holds, beside its checkpoints."""
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 WITHOUT_EFFECT = frozenset(("resume", "dry_run", "keep", "log_every", "report_to", "device", "output_dir", "save_every", "patience", "skip_bad"))
 """Settings that may change when a run goes on."""
@@ -68,7 +74,7 @@ class TrainSettings:
     """Warm-up: a share of the steps (below 1), or a number of steps."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; 0: they are not."""
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     """adamw_8bit needs bitsandbytes and a GPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -122,16 +128,37 @@ class TrainSettings:
             raise InputError(f"learning_rate must lie above 0, and be finite, was {self.learning_rate}: try 2e-4.")
         if not 0 <= self.warmup < math.inf:
             raise InputError(f"warmup must be 0 or more, was {self.warmup}: try 0.04.")
-        if (self.num_steps is not None and self.num_steps < 1) or self.num_epochs <= 0:
+        if (self.num_steps is not None and self.num_steps < 1) or not 0 < self.num_epochs < math.inf:
             raise InputError(f"A run must take one optimizer step or more, num_steps was {self.num_steps} and num_epochs {self.num_epochs}: raise it.")
         if self.num_steps is not None and self.warmup_steps(self.num_steps) > self.num_steps:
             raise InputError(f"Warm-up must not be longer than training, was {self.warmup:g} steps of {self.num_steps}: lower --warmup or raise --num-steps.")
         if self.streaming and self.num_steps is None:
             raise InputError("A stream has no length, so --streaming needs --num-steps: pass --num-steps.")
+        self._check_optimizer()
+        self._check_evaluation()
+
+    def _check_optimizer(self) -> None:
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise InputError(f"max_grad_norm must be 0 or more, and finite, was {self.max_grad_norm}: try 1.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be 0 or more, and finite, was {self.weight_decay}: try 0.")
+        if self.lora_encoder and not self.lora_rank:
+            raise InputError("lora_encoder needs a rank, lora_rank was 0: pass --lora-rank 16, or leave --lora-encoder out.")
+
+    def _check_evaluation(self) -> None:
+        if self.eval_every and self.save_every % self.eval_every:
+            raise InputError(f"--save-every must be a multiple of --eval-every, were {self.save_every} and {self.eval_every}: the best checkpoint must exist.")
+        if self.patience and not (self.eval_rows and (self.eval_data or self.eval_fraction)):
+            raise InputError(f"patience counts evaluations, and nothing would be evaluated: leave --patience {self.patience} out, or give --eval-data, or an --eval-fraction and --eval-rows above 0.")
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise InputError(f"report_to must be among {', '.join(TRACKERS)}, was {name!r}.")
+            if find_spec(name) is None:
+                raise MissingExtraError(f"Reporting to {name} needs the package {name}: pip install {name}")
 
     def warmup_steps(self, num_steps: int) -> int:
         """Warm-up in steps: `warmup` below 1 is a share."""
-        return math.ceil(self.warmup * num_steps) if self.warmup < 1 else int(self.warmup)
+        return int(self.warmup * num_steps) if self.warmup < 1 else int(self.warmup)
 
     @property
     def start(self) -> str:
@@ -160,6 +187,11 @@ class ReconstructionSettings(DocumentSettings):
     """Reconstruction (paper section 2): L chunk vectors in, all L*k tokens out; the decoder is frozen."""
 
     learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and not self.lora_encoder:
+            raise InputError("Reconstruction freezes the decoder, so LoRA layers on it would learn nothing: add --lora-encoder, or leave --lora-rank out.")
 
 
 @dataclass(frozen=True)
@@ -203,7 +235,7 @@ class SftSettings(TrainSettings):
     expand_range: tuple[float, float] = (0.0, 0.3)
     """Share of the chunks expanded at random in all other rows."""
     max_answer_tokens: int = 128
-    """Longer answers are cut, and counted."""
+    """Longer answers are cut, without an end, and counted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,12 +279,19 @@ class PolicySettings(TrainSettings):
         for name in ("group_size", "updates_per_rollout", "context_tokens", "output_tokens", "num_passages"):
             check_whole(name, getattr(self, name), minimum=1)
         check_whole("supervised_steps", self.supervised_steps, minimum=0)
+        if self.lora_rank:
+            raise InputError("The policy stage freezes encoder and decoder, so LoRA layers would learn nothing: leave --lora-rank out.")
         if self.group_size < 2 and self.objective == "grouped":
             raise InputError(f"group_size must be 2 or more for the grouped objective, was {self.group_size}: try 8.")
         if not 0 < self.clip < 1:
             raise InputError(f"clip must lie between 0 and 1, was {self.clip}: try 0.2.")
         if not self.expand_fractions or any(not 0 < fraction <= 1 for fraction in self.expand_fractions):
             raise InputError(f"expand_fractions must lie above 0 and be at most 1, were {self.expand_fractions}: try 0.1.")
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has trained in this folder: else its settings may still change."""
+    return (folder / LOG_FILE).exists() or (folder / RESULT_FILE).exists() or any(folder.glob("checkpoint-*"))
 
 
 STAGE_SETTINGS: dict[str, type[TrainSettings]] = {

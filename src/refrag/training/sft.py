@@ -27,20 +27,25 @@ logger = logging.getLogger(__name__)
 def answer_ids(tokenizer: Any, builder: PromptBuilder, answer: str, *, max_tokens: int) -> list[int]:
     """Token ids of an answer and of the end: after a chat template as it is, after the plain template with a space before.
 
-    An answer that begins with a citation (`[2] …`) follows the plain template without one.
+    An answer that begins with a citation (`[2] …`) follows the plain template without one. One that is cut has no end.
     """
     text = answer if tokenizer.chat_template or answer.startswith("[") else f" {answer}"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return builder.encode(text)[: max_tokens - len(end)] + end
+    return (builder.encode(text) + end)[:max_tokens]
 
 
 def choose_passages(question: Question, *, num_passages: int, rng: random.Random) -> tuple[list[Passage], list[bool] | None]:
-    """The gold passages and distractors up to `num_passages`, shuffled, and which of them are gold (None: not marked)."""
+    """The gold passages and distractors up to `num_passages`, shuffled, and which of them are gold (None: not marked).
+
+    First come those that hold an answer, gold ones before the others; where none is marked, the rest keeps its order.
+    """
     places = list(range(len(question.passages)))
     if question.gold is not None:
-        gold = [place for place in places if question.gold[place]]
-        rest = [place for place in places if not question.gold[place]]
-        places = gold + rng.sample(rest, k=len(rest))
+        places = rng.sample(places, k=len(places))
+    if len(places) > num_passages:
+        holds = [bool(answer_spans(passage.text, question.answers)) for passage in question.passages]
+        gold = question.gold or holds
+        places.sort(key=lambda place: 2 - gold[place] - (gold[place] and holds[place]))
     chosen = places[:num_passages]
     rng.shuffle(chosen)
     marked = None if question.gold is None else [question.gold[place] for place in chosen]
@@ -78,7 +83,9 @@ def answer_chunks(prompt: Prompt, answers: Sequence[str], gold: Sequence[bool] |
 class QuestionBatches(Dataset):
     """Item i is micro-batch i: `batch_size` questions, pass after pass over all, each pass in another order."""
 
-    def __init__(self, model: RefragModel, questions: Sequence[Question], settings: SftSettings, *, num_items: int) -> None:
+    def __init__(self, model: RefragModel, questions: Sequence[Question], settings: SftSettings, *, num_items: int, num_rows: int | None = None) -> None:
+        """The last micro-batch is smaller where there are only `num_rows`."""
+        self.num_rows = num_items * settings.batch_size if num_rows is None else num_rows
         self.model, self.questions, self.settings, self.num_items = model, questions, settings, num_items
         self.builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
         self._order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((settings.seed, epoch)).permutation(len(questions)))
@@ -87,7 +94,7 @@ class QuestionBatches(Dataset):
         return self.num_items
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        rows = [self._row(item * self.settings.batch_size + row) for row in range(self.settings.batch_size)]
+        rows = [self._row(row) for row in range(item * self.settings.batch_size, min((item + 1) * self.settings.batch_size, self.num_rows))]
         prompts, masks, completions, names, ids = (list(column) for column in zip(*rows, strict=True))
         batch = layout_batch(self.model, prompts, masks, encode_all=True, completions=completions)
         return batch | {"name": list(dict.fromkeys(names)), "rows": ids}
@@ -137,8 +144,19 @@ def prepare(model: RefragModel, settings: SftSettings) -> StageData:
     train = QuestionBatches(model, loaded.train, settings, num_items=num_steps * items_per_step(settings))
     evaluation = None
     if len(loaded.evaluation) and settings.eval_rows:
-        held_out = replace(settings, seed=settings.seed + 1, batch_size=min(settings.batch_size, len(loaded.evaluation)))
-        num_items = max(1, min(settings.eval_rows, len(loaded.evaluation)) // held_out.batch_size)
-        evaluation = QuestionBatches(model, loaded.evaluation, held_out, num_items=num_items)
-    logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in loaded.counts.items()))
-    return StageData(train, evaluation, num_steps, loaded.counts)
+        held_out, num_rows = replace(settings, seed=settings.seed + 1), min(settings.eval_rows, len(loaded.evaluation))
+        evaluation = QuestionBatches(model, loaded.evaluation, held_out, num_items=-(-num_rows // settings.batch_size), num_rows=num_rows)
+    counts = loaded.counts | _count(train, settings)
+    logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
+    return StageData(train, evaluation, num_steps, counts, loaded.fingerprint)
+
+
+def _count(batches: QuestionBatches, settings: SftSettings) -> dict[str, int]:
+    """Questions to train on that lose something: gold passages beyond `num_passages`, the end of the answer; and those that have no passage."""
+    counts = {"fewer_gold_passages": 0, "cut_answers": 0, "without_passages": 0}
+    for question in batches.questions:
+        counts["fewer_gold_passages"] += sum(question.gold or ()) > settings.num_passages
+        ids = answer_ids(batches.model.tokenizer, batches.builder, question.answers[0], max_tokens=settings.max_answer_tokens + 1)
+        counts["cut_answers"] += len(ids) > settings.max_answer_tokens
+        counts["without_passages"] += not (question.passages or any(turn.passages for turn in question.history))
+    return counts

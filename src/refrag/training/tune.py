@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ..config import check_whole
 from ..errors import InputError, MismatchError, MissingExtraError, NotFoundError, RefragError, missing_extra
 from .pipeline import RunStage, read_word, settings_values
-from .settings import TrainSettings
+from .settings import WITHOUT_EFFECT, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ def parse_search(stage: str, search: Sequence[str]) -> list[Dimension]:
         name = name.replace("-", "_")
         if not equals or not spec:
             raise InputError(f"--search takes {FORM}, was {text!r}: write for example  --search batch_size=4,8")
+        if name in WITHOUT_EFFECT:
+            raise InputError(f"{name} changes nothing that could be judged: search another setting.")
         if name in found:
             raise InputError(f"{name} stands twice in --search: give all its values at once.")
         found[name] = _range(stage, name, spec) if ".." in spec else _values(stage, name, spec.split(","))
@@ -149,7 +151,7 @@ def _open(settings: TrainSettings, *, stage: str, search: TuneSettings) -> Any:
     study = optuna.create_study(study_name="refrag", storage=storage, direction=f"{search.goal}imize", load_if_exists=True)
     about = {"stage": stage, "search": sorted(search.search), "metric": search.metric, "goal": search.goal, "settings": _base(settings)}
     known = study.user_attrs.get("refrag")
-    if known is None:
+    if known is None or not any(trial.value is not None for trial in study.trials):  # nothing was judged yet
         study.set_user_attr("refrag", about)
     elif known != about:
         other = next(name for name in about if known.get(name) != about[name])
