@@ -27,7 +27,7 @@ from refrag.demo.almanac import cited, evaluation_cases, make_case
 from refrag.demo.run import ask_all
 from refrag.engine import Refrag
 from refrag.errors import InputError
-from refrag.evaluation.metrics import mean_interval
+from refrag.evaluation.statistics import mean_interval
 from refrag.evaluation.provenance import result, write_result
 from refrag.model import RefragModel, load_model
 from refrag.text import PromptBuilder

@@ -53,3 +53,9 @@ def test_a_conversation_deals_its_passages_out_and_asks_about_any():
             cited, words = answer["text"][1], answer["text"][4:]
             assert words in turn["passages"][int(cited) - 1 - 2 * number]["text"] and turn["text"] != row["question"]
     assert any(not any(passage["is_gold"] for passage in row["passages"]) for row in rows if row["kind"] != "unanswerable")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_script_finds_what_it_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    assert callable(script(name).main)

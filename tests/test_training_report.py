@@ -170,3 +170,10 @@ def test_without_matplotlib_the_extra_is_named_and_the_table_still_works(tmp_pat
     with pytest.raises(MissingExtraError, match=r"A report needs the package 'matplotlib': install it with  pip install 'refrag\[train\]'"):
         write_report(write_stage(tmp_path))
     assert render_table(stage_table(read_log(tmp_path)))
+
+
+def test_a_policy_is_shown_by_its_reward(tmp_path):
+    log = [{"step": step, "loss": 0.0, "grouped/loss": 0.0, "reward": -2.0 + step, "evidence_recall": 0.1 * step} for step in (1, 2)]
+    table = render_table(stage_table(log))
+    assert [line.split() for line in table.splitlines()[1:]] == [["evidence_recall", "0.1000", "→", "0.2000", "1–2"], ["reward", "-1.0000", "→", "0.0000", "1–2"]]
+    assert "loss" not in table

@@ -47,13 +47,15 @@ def read_log(folder: Path) -> list[Entry]:
 def stage_table(log: Sequence[Entry]) -> list[dict[str, Any]]:
     """First and last unscaled loss of every kind of batch in a log: curriculum stages, numbers of chunks, expanded shares, others.
 
-    Kinds are the keys `stage-3/loss`, `L=8/loss`, `p=0.1/loss`, `NAME/loss`; a log without any has one row for `loss`.
-    A row is {"kind", "value", "label", "short", "first", "last", "first_step", "last_step"}, losses in nats a token.
+    Kinds are the keys `stage-3/loss`, `L=8/loss`, `p=0.1/loss`, `NAME/loss`; a log without any has one row for `loss`. The policy's objectives, whose losses
+    are near 0 by construction, have `reward` and `evidence_recall` instead. A row is {"kind", "value", "label", "short", "first", "last", "first_step", "last_step"}, losses in nats a token.
     """
     rows: dict[str, dict[str, Any]] = {}
     named = any(_kinds(entry) for entry in log)
     for entry in log:
-        for name, loss in (_kinds(entry) if named else {"": entry["loss"]} if "loss" in entry else {}).items():
+        shown = _kinds(entry) if named else {"": entry["loss"]} if "loss" in entry else {}
+        rewards = {name: entry[name] for name in ("reward", "evidence_recall") if "reward" in entry and name in entry}
+        for name, loss in (rewards or shown).items():
             row = rows.setdefault(name, {**_kind(name), "first": loss, "first_step": entry["step"]})
             row |= {"last": loss, "last_step": entry["step"]}
     return sorted(rows.values(), key=_place)
@@ -63,7 +65,7 @@ def render_table(rows: Sequence[dict[str, Any]]) -> str:
     """The same as text: one line a kind, `label   first → last   steps`; empty for no rows."""
     if not rows:
         return ""
-    lines = [("chunks or expanded share", "first → last loss", "steps")]
+    lines = [("chunks or expanded share", f"first → last{'' if rows[0]['kind'] == 'batch' and rows[-1]['label'] == 'reward' else ' loss'}", "steps")]
     lines += [(row["label"], f"{row['first']:7.4f} → {row['last']:7.4f}", f"{row['first_step']}–{row['last_step']}") for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
