@@ -20,7 +20,23 @@ def demo() -> list[str]:
         kinds = " | ".join(f"{row['by_kind'][kind]:.2f}" for kind in ("one-hop", "two-hop", "unanswerable"))
         other = forms["splits"]["held-out-forms"][name]["exact_match"]
         lines.append(f"| {name} | {row['exact_match']:.3f} ({low:.3f}–{high:.3f}) | {kinds} | {other:.2f} | {row['prompt_slots']:.0f} | {row['compression_rate']:.2f} |")
-    return [*lines, "", "`python benchmarks/almanac.py --splits held-out` → `results/almanac.json`; unseen forms: `--splits held-out-forms --num-questions 300` → `results/almanac-forms.json`"]
+    lines += ["", "`python benchmarks/almanac.py --splits held-out` → `results/almanac.json`; unseen forms: `--splits held-out-forms --num-questions 300` → `results/almanac-forms.json`"]
+    return [*lines, "", long_passages()]
+
+
+def long_passages() -> str:
+    """The same with long passages and larger chunks, paired with plain RAG."""
+    content = json.loads((ROOT / "results" / "qa-almanac-long.json").read_text())
+    systems = content["systems"]
+    plain, none, learned = (systems[name] for name in ("plain", "none", "learned@0.028"))
+    score = {name: own["metrics"]["exact_match"]["mean"] for name, own in systems.items()}
+    less = learned["against_plain"]["exact_match"]
+    return (
+        f"Passages of 90 to 150 words, the same weights with chunks of {content['model']['chunk_size']}: plain RAG {score['plain']:.3f} ({plain['prompt_slots']:,.0f} slots), none expanded "
+        f"{score['none']:.3f} at a rate of {none['compression_rate']:.1f}, **learned policy {score['learned@0.028']:.3f} at {learned['compression_rate']:.1f}** ({learned['prompt_slots']:.0f} slots; {less['mean']:+.3f} "
+        f"[{less['low']:.3f}, {less['high']:.3f}] against plain RAG), truncation to its slots {score['truncated@0.028']:.3f}. "
+        "`refrag eval qa --data almanac-long --chunk-size 16 …` → `results/qa-almanac-long.json`"
+    )
 
 
 def latency() -> list[str]:
