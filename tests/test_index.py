@@ -260,7 +260,8 @@ def test_open_or_create(tmp_path, tiny_model, settings):
     ],
 )
 def test_another_model_is_refused(index, changed, named):
-    with pytest.raises(MismatchError, match=rf"belongs to another model \({named.replace('_', '.')}\): pass the --model .* --rebuild"):
+    own = "--chunk-size 4," if "chunk_size" in changed else "the --model"
+    with pytest.raises(MismatchError, match=rf"belongs to another model \({named.replace('_', '.')}\): pass {own} .* --rebuild"):
         PassageIndex.open(index.path, model=build_model(**changed))
 
 

@@ -58,6 +58,8 @@ class Manifest:
         differing = _differences(self.model, fingerprint)
         if differing:
             own = f"--model {self.model_name}" if self.model_name else "the --model it was made with"
+            if _keys_that_differ(self.model, fingerprint) == ["chunk_size"]:  # the same weights
+                own = f"--chunk-size {self.model['chunk_size']}"
             raise MismatchError(f"The index at {path} belongs to another model ({differing}): pass {own}, or {_rebuild(path)}.")
 
     def check_retriever(self, identity: Mapping[str, Any], path: str) -> None:
@@ -69,8 +71,12 @@ class Manifest:
 
 def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """In words, what differs; the projector's hash does not count, since no projected vectors are stored."""
-    keys = [key for key in recorded if not key.startswith("projector") and recorded[key] != given.get(key)]
+    keys = _keys_that_differ(recorded, given)
     return "; ".join(f"{WORDS.get(key, key.replace('_', ' '))}: index {recorded[key]}, given {given.get(key)}" for key in keys)
+
+
+def _keys_that_differ(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    return [key for key in recorded if not key.startswith("projector") and recorded[key] != given.get(key)]
 
 
 def _rebuild(path: str) -> str:
