@@ -27,8 +27,8 @@ from refrag.demo.almanac import cited, evaluation_cases, make_case
 from refrag.demo.run import ask_all
 from refrag.engine import Refrag
 from refrag.errors import InputError
-from refrag.evaluation.statistics import mean_interval
 from refrag.evaluation.provenance import result, write_result
+from refrag.evaluation.statistics import mean_interval
 from refrag.model import RefragModel, load_model
 from refrag.text import PromptBuilder
 from refrag.training.batches import ChunkedDocuments, layout_batch
