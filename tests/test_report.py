@@ -252,3 +252,16 @@ def test_refusals_name_the_reason(tmp_path: Path) -> None:
 def test_the_report_imports_no_torch(folder: Path) -> None:
     code = "import sys\nfrom refrag.cli import main\nassert main() == 0\nassert not {'torch', 'transformers', 'lancedb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, "report", str(folder / "training.json"), "--out", str(folder / "r.html")], check=True, capture_output=True)
+
+
+def test_cells_of_answers_are_a_row_a_system_and_a_curve_over_their_first_number() -> None:
+    def answered(mean: float, less: float | None) -> dict[str, Any]:
+        own = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+        against = {} if less is None else {"exact_match": {"mean": less, "low": less - 0.01, "high": less + 0.01}}
+        return {"metrics": {"exact_match": own}, "against_plain": against, "compression_rate": 4.0, "prompt_slots": 100, "num_failed": 0}
+
+    made = [{"turns": turns, "per_turn": per, "data": {"questions": 9}, "systems": {"plain": answered(turns / 10, None), "none": answered(0.5, -0.2)}} for turns in (4, 2) for per in (2, 8)]
+    shown = view({"schema": 1, "kind": "conversations", "cells": made})
+    assert [panel.title for panel in shown.panels] == ["Exact match, per turn 2", "Exact match, per turn 8"]
+    assert [(own.label, own.steps, own.values) for own in shown.panels[0].series] == [("plain", (2, 4), (0.2, 0.4)), ("none", (2, 4), (0.5, 0.5))]
+    assert shown.tables[0].rows[1] == [4, 2, "none", "0.500 [0.400, 0.600]", "-0.200 [-0.210, -0.190]", 4.0, 100, None]

@@ -259,6 +259,31 @@ def quality(content: Content) -> View:
     return View("Answers", _facts(content), [table], panels, list(content.get("examples", [])))
 
 
+def cells(content: Content) -> View:
+    """Answers in cells (numbers of passages, of turns): a row a cell and system, exact match over the first of a cell's numbers."""
+    rows: list[list[Cell]] = []
+    curves: dict[str, dict[str, list[tuple[int | float, int | float]]]] = {}
+    names = [name for name, value in content["cells"][0].items() if is_number(value)]
+    for cell in content["cells"]:
+        numbers = [cell[name] for name in names]
+        group = ", ".join(f"{title_of(name).lower()} {value}" for name, value in zip(names[1:], numbers[1:], strict=True))
+        for system, own in cell["systems"].items():
+            score, against = own["metrics"]["exact_match"], own["against_plain"].get("exact_match")
+            rows.append([*numbers, system, _with_interval(score), _with_interval(against) if against else None, own["compression_rate"], own["prompt_slots"], own["num_failed"] or None])
+            curves.setdefault(group, {}).setdefault(system, []).append((numbers[0], score["mean"]))
+    header = (*map(title_of, names), "system", "exact match [95 %]", "less plain RAG [95 %]", "rate", "slots", "failed")
+    panels = [
+        Panel(f"Exact match{f', {group}' if group else ''}", "share of questions", tuple(_series(name, pairs) for name, pairs in own.items()), over=title_of(names[0]).lower())
+        for group, own in curves.items()
+    ]
+    return View("Answers by " + " and ".join(title_of(name).lower() for name in names), _facts(content), [Table("Cells", header, rows)], panels)
+
+
+def _series(label: str, pairs: Iterable[tuple[int | float, int | float]]) -> Series:
+    ordered = sorted(pairs)
+    return Series(label, tuple(x for x, _ in ordered), tuple(y for _, y in ordered))
+
+
 def _flat(values: Content) -> dict[str, Cell]:
     """A system's numbers with their intervals, those of `metrics` first."""
     flat: dict[str, Cell] = {}
@@ -401,4 +426,6 @@ VIEWS: dict[str, Callable[[Content], View]] = {
     "indexing": indexing,
     "training": training,
     "qa": quality,
+    "passages": cells,
+    "conversations": cells,
 }
