@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background may have inherited that it is ignored
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt_neox")

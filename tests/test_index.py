@@ -260,9 +260,15 @@ def test_open_or_create(tmp_path, tiny_model, settings):
     ],
 )
 def test_another_model_is_refused(index, changed, named):
-    own = "--chunk-size 4," if "chunk_size" in changed else "the --model"
-    with pytest.raises(MismatchError, match=rf"belongs to another model \({named.replace('_', '.')}\): pass {own} .* --rebuild"):
+    with pytest.raises(MismatchError, match=rf"belongs to another model \({named.replace('_', '.')}\): pass the --model .* --rebuild"):
         PassageIndex.open(index.path, model=build_model(**changed))
+
+
+def test_a_model_that_may_be_loaded_with_the_index_s_chunk_size_is_told_so(index):
+    model = build_model(chunk_size=8)
+    model.config.chunk_sizes = [4, 8]
+    with pytest.raises(MismatchError, match=r"\(chunk size: index 4, given 8\): pass --chunk-size 4, or make it anew with"):
+        PassageIndex.open(index.path, model=model)
 
 
 def test_other_encoder_weights_are_refused_but_not_another_projector(index, make_model):

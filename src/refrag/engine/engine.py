@@ -396,7 +396,7 @@ def _open(index: Any, model: RefragModel) -> Any:
     elif not hasattr(index, "model"):
         raise InputError(f"index must be a PassageIndex or its folder, was {index!r}.")
     elif index.model is not model:
-        index.manifest.check_model(model.fingerprint(), index.path)
+        index.manifest.check_model(model.fingerprint(), index.path, chunk_sizes=model.config.chunk_sizes or ())
     if isinstance(index, PassageIndex):
         log.debug("the index was embedded by %s", index.retriever.name)
     return index

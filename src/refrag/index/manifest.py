@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,12 +53,15 @@ class Manifest:
         known = {key: value for key, value in record["settings"].items() if key in IndexSettings.__dataclass_fields__}
         return cls(IndexSettings(**known), record["model"], record["retriever"], model_name=record.get("model_name", ""))
 
-    def check_model(self, fingerprint: Mapping[str, Any], path: str) -> None:
-        """Raises MismatchError unless a model with this fingerprint makes the same chunks and the same chunk vectors."""
+    def check_model(self, fingerprint: Mapping[str, Any], path: str, *, chunk_sizes: Collection[int] = ()) -> None:
+        """Raises MismatchError unless a model with this fingerprint makes the same chunks and the same chunk vectors.
+
+        `chunk_sizes` are those that the model may be loaded with.
+        """
         differing = _differences(self.model, fingerprint)
         if differing:
             own = f"--model {self.model_name}" if self.model_name else "the --model it was made with"
-            if _keys_that_differ(self.model, fingerprint) == ["chunk_size"]:  # the same weights
+            if _keys_that_differ(self.model, fingerprint) == ["chunk_size"] and self.model["chunk_size"] in chunk_sizes:
                 own = f"--chunk-size {self.model['chunk_size']}"
             raise MismatchError(f"The index at {path} belongs to another model ({differing}): pass {own}, or {_rebuild(path)}.")
 

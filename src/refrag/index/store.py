@@ -82,7 +82,7 @@ class PassageIndex:
         if model is not None:
             if not hasattr(model, "fingerprint"):
                 raise InputError(f"The model of an index must be a RefragModel, was {model!r}: load it with refrag.model.load_model(name).")
-            manifest.check_model(model.fingerprint(), table.path)
+            manifest.check_model(model.fingerprint(), table.path, chunk_sizes=model.config.chunk_sizes or ())
         if retriever is not None:
             manifest.check_retriever(retriever.identity(), table.path)
         return cls(table, manifest, model=model, retriever=retriever)
