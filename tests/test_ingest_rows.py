@@ -104,3 +104,9 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, read, monkeypatch)
         read("no/where")
     with pytest.raises(NotFoundError, match=r"There is no file or folder no/where.txt: check the path"):
         read("no/where.txt")
+
+
+def test_metadata_that_is_no_mapping_is_kept_as_it_is(tmp_path, read):
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "One.", "metadata": "2019, north"}\n{"id": "b", "text": "Two.", "metadata": null}\n{"id": "c", "text": "Three.", "metadata": {"year": 2019}}\n')
+    first, second, third = (passage.metadata for passage in read(tmp_path / "rows.jsonl"))
+    assert first["metadata"] == "2019, north" and "metadata" not in second and third["year"] == 2019 and "metadata" not in third

@@ -115,7 +115,7 @@ def from_row(row: Any, source: str, where: str, on_bad: BadRow, text_column: str
         return
     text, title = row[text_column], str(row.get("title") or "")
     given_metadata = row.get("metadata")
-    metadata = dict(given_metadata) if isinstance(given_metadata, Mapping) else {}
+    metadata = dict(given_metadata) if isinstance(given_metadata, Mapping) else {} if _is_missing(given_metadata) else {"metadata": given_metadata}
     known = {"id", "title", "metadata", text_column}
     metadata |= {key: value for key, value in row.items() if key not in known and not _is_missing(value)}
     if "source" in metadata:
