@@ -71,7 +71,7 @@ def test_data_that_changed_are_noticed(folder):
         path = folder / "out" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     lines = (folder / "docs.jsonl").read_text().splitlines(keepends=True)
-    (folder / "docs.jsonl").write_text("".join(lines[:-2]))
+    (folder / "docs.jsonl").write_text("".join(lines).replace("number", "Number"))
     with pytest.raises(InputError, match=r"began with other data than --data and --eval-data hold now: put them back, or choose another --output-dir"):
         cpt.run(settings_of(CptSettings, folder))
     (folder / "docs.jsonl").write_text("".join(lines))
@@ -93,6 +93,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, caplo
     with caplog.at_level("WARNING", "refrag"):
         assert latest_whole(folder / "out") == folder / "out/checkpoint-2"
     assert "checkpoint-4 is damaged (optimizer.pt)" in caplog.text
+    for name, content in (("trainer_state.json", "[]"), ("trainer_state.json", '{"global'), ("scheduler.pt", None), ("model.safetensors", None)):
+        copy = folder / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder / "out", copy, symlinks=True)
+        shutil.rmtree(copy / "checkpoint-4")
+        shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-3")
+        (copy / "checkpoint-3" / name).unlink()
+        if content is not None:
+            (copy / "checkpoint-3" / name).write_text(content)
+        assert latest_whole(copy) == copy / "checkpoint-2"
     weights = folder / "out/checkpoint-2/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"All checkpoints in .* are damaged"):
@@ -105,9 +115,10 @@ def test_a_folder_that_cannot_be(folder, place, said):
         cpt.run(settings_of(CptSettings, folder, output_dir=folder / place))
 
 
-def test_damaged_settings_are_one_sentence(folder):
+@pytest.mark.parametrize("content", ['{"stage": "cp', "[]", "3"])
+def test_damaged_settings_are_one_sentence(folder, content):
     (folder / "out").mkdir()
-    (folder / "out/settings.json").write_text('{"stage": "cp')
+    (folder / "out/settings.json").write_text(content)
     with pytest.raises(InputError, match=r"settings\.json is damaged: remove the folder of the run"):
         cpt.run(settings_of(CptSettings, folder))
 
@@ -121,6 +132,11 @@ def test_patience_counts_on_over_an_interruption(folder):
         path = folder / "half" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert cpt.run(replace(settings, output_dir=folder / "half"))["steps"] == steps
+    before = (folder / "out/model/model.safetensors").read_bytes()
+    shutil.rmtree(folder / "out/model")
+    (folder / "out/log.jsonl").write_bytes(b'5\n{}\n\xff\n')
+    assert cpt.run(settings)["steps"] == steps  # it had stopped: no further step is taken
+    assert (folder / "out/model/model.safetensors").read_bytes() == before
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -135,6 +151,9 @@ def test_patience_counts_on_over_an_interruption(folder):
         (CptSettings, {"weight_decay": float("nan")}, "weight_decay must be 0 or more, and finite, was nan"),
         (CptSettings, {"lora_encoder": True}, "lora_encoder needs a rank, lora_rank was 0: pass --lora-rank 16"),
         (ReconstructionSettings, {"lora_rank": 4}, "Reconstruction freezes the decoder, so LoRA layers on it would learn nothing: add --lora-encoder"),
+        (PolicySettings, {"entropy_weight": float("nan")}, "entropy_weight must be finite, was nan"),
+        (SftSettings, {"expand_range": (0.5, 0.1)}, "expand_range must go from the lower share to the higher, was 0.5 to 0.1"),
+        (CptSettings, {"expand_range": (0.5, 0.1)}, "expand_range must go from the lower share to the higher"),
         (PolicySettings, {"lora_rank": 4}, "The policy stage freezes encoder and decoder, so LoRA layers would learn nothing"),
         (CptSettings, {"save_every": 4, "eval_every": 3}, "--save-every must be a multiple of --eval-every, were 4 and 3"),
         (CptSettings, {"patience": 2, "eval_fraction": 0.0}, "patience counts evaluations, and nothing would be evaluated: leave --patience 2 out"),
@@ -188,6 +207,9 @@ def test_passages_that_hold_an_answer_are_kept(rng=__import__("random")):
             assert passages[9] in chosen
         chosen, gold = choose_passages(marked, num_passages=3, rng=rng.Random(seed))
         assert gold == [True] * 3
+        for gold in ((False,) * 10, (True, *(False,) * 9)):  # the marks say nothing of the answer
+            chosen, _ = choose_passages(replace(unmarked, gold=gold), num_passages=2, rng=rng.Random(seed))
+            assert passages[9] in chosen and (not gold[0] or passages[0] in chosen)
     others = {passage.id for seed in range(20) for passage in choose_passages(marked, num_passages=4, rng=rng.Random(seed))[0]} - {"0", "1", "9"}
     assert len(others) > 3  # distractors are drawn
 
@@ -231,6 +253,12 @@ def test_what_can_be_known_before_the_first_stage_is(folder):
         pipeline.run_pipeline(made | {"sft": replace(made["sft"], output_dir=folder / "out")}, run=never)
     with pytest.raises(FileNotFoundError, match=r"No data 'missing\.jsonl' was found"):
         pipeline.run_pipeline(made, run=never)
+    (folder / "link").symlink_to(folder, target_is_directory=True)
+    with pytest.raises(InputError, match=r"cpt and sft would both write to .*link/out"):
+        pipeline.run_pipeline(made | {"sft": replace(made["sft"], output_dir=folder / "link/out")}, run=never)
+    for name, said in (("missing.jsonl:train", r"No data 'missing\.jsonl:train' was found"), ("", "A name of data must not be empty")):
+        with pytest.raises(FileNotFoundError, match=said):
+            pipeline.run_pipeline(made | {"sft": replace(made["sft"], data=(name,))}, run=never)
     with pytest.raises(InputError, match=r"sft has nothing to train on: name its data in its section"):
         pipeline.run_pipeline(made | {"sft": replace(made["sft"], data=())}, run=never)
 

@@ -47,8 +47,9 @@ def find_sources(names: Sequence[str], kind: Kind, *, streaming: bool) -> list[S
 def check_files(names: Sequence[str], kind: Kind) -> None:
     """Raises as `find_sources` does, but names on the hub are not looked up."""
     for name in names:
-        path = Path(name).expanduser()
-        if path.exists() or _HUB_NAME.fullmatch(name.rpartition(":")[0] or name) is None or _reader(path, "documents") is not None:
+        base = name.rpartition(":")[0] if re.search(r"[^:]:\w+$", name) else name
+        here = any(Path(one).expanduser().exists() or _reader(Path(one), "documents") is not None for one in (name, base))
+        if here or _HUB_NAME.fullmatch(base) is None:
             _find(name, kind, False)
 
 
@@ -71,6 +72,8 @@ def import_datasets() -> Any:
 
 
 def _find(name: str, kind: Kind, streaming: bool) -> list[Source]:
+    if not name.strip():
+        raise NotFoundError("A name of data must not be empty: name a file, a folder or a data set.")
     full, split = name, ""
     if not Path(name).expanduser().exists() and re.search(r"[^:]:\w+$", name):
         name, _, split = name.rpartition(":")

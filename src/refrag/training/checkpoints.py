@@ -82,11 +82,14 @@ def resolve(settings: TrainSettings, stage: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none. Raises InputError for one that is damaged."""
+    """The object in a JSON file; None where there is no file. Raises InputError for one that is damaged."""
     try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: remove the folder of the run, or choose another --output-dir.") from error
+        values = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged: remove the folder of the run, or choose another --output-dir.")
+    return values if path.exists() else None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -110,7 +113,7 @@ def latest_whole(folder: Path) -> Path | None:
     """The newest checkpoint whose files can be read; damaged ones are named in a warning. Raises InputError where all are damaged."""
     saved = checkpoints(folder)
     for path in reversed(saved):
-        broken = next((file.name for file in sorted(path.iterdir()) if not _is_readable(file)), None)
+        broken = _broken(path)
         if broken is None:
             return path
         logger.warning("%s is damaged (%s): it is left out", path, broken)
@@ -119,14 +122,25 @@ def latest_whole(folder: Path) -> Path | None:
     return None
 
 
+def _broken(checkpoint: Path) -> str | None:
+    """The first file of a checkpoint that is damaged or missing."""
+    files = sorted(checkpoint.iterdir())
+    for pattern in ("trainer_state.json", "scheduler.pt", "optimizer*", "*model*"):  # sharded ones are folders
+        if not any(file.match(pattern) for file in files):
+            return pattern.replace("*", "")
+    return next((file.name for file in files if not _is_readable(file)), None)
+
+
 def _is_readable(file: Path) -> bool:
     """Whether a file of weights or of training state is whole, as far as its format says."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 return True
+        if file.name == "trainer_state.json":
+            return "global_step" in (read_json(file) or {})
         return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
-    except SafetensorError:
+    except (SafetensorError, InputError):
         return False
 
 
@@ -190,10 +204,10 @@ def _tidy(folder: Path, *, keep: int | None, best: str | None) -> None:
 
 
 def _step_of(line: str) -> int:
-    """The step of a log line; 0 for one that a kill cut short."""
+    """The step of a log line; 0 for one that a kill cut short, or that is none."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
         return 0
 
 
@@ -205,7 +219,7 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in self.path.read_text("utf-8").splitlines() if 0 < _step_of(line) <= state.global_step]
+            kept = [line for line in self.path.read_text("utf-8", errors="replace").splitlines() if 0 < _step_of(line) <= state.global_step]
             self.path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -244,14 +258,21 @@ class Patience(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        best = math.inf
-        for value in (entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry):
-            self.early_stopping_patience_counter = 0 if value < best else self.early_stopping_patience_counter + 1
-            best = min(best, value)
+        self.early_stopping_patience_counter = self._without_better(state.log_history)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            control.should_training_stop = True
+    def is_exhausted(self, checkpoint: Path) -> bool:
+        """Whether the run of this checkpoint had stopped here."""
+        log = (read_json(checkpoint / "trainer_state.json") or {}).get("log_history", [])
+        return self._without_better(log) >= self.early_stopping_patience
+
+    @staticmethod
+    def _without_better(log: list[dict[str, Any]]) -> int:
+        """Evaluations since the best one."""
+        best, count = math.inf, 0
+        for value in (entry["eval_loss"] for entry in log if "eval_loss" in entry):
+            count = 0 if value < best else count + 1
+            best = min(best, value)
+        return count
 
 
 class Bar(TrainerCallback):

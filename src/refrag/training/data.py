@@ -46,7 +46,7 @@ class Loaded(Generic[T]):
     evaluation: Sequence[T]
     counts: dict[str, int]
     fingerprint: str | None = None
-    """Changes with the texts, or the questions and answers, to train and evaluate on; None for a stream."""
+    """Changes with anything in the rows to train and evaluate on; None for a stream."""
 
 
 def load(settings: TrainSettings, kind: Kind) -> Loaded[Any]:
@@ -125,8 +125,19 @@ def _load_rows(settings: TrainSettings, kind: Kind) -> Loaded[Any]:
     counts = {"rows": len(rows) + bad, "bad": bad, "held_out": len(rows) - len(train), "train": len(train)}
     counts["duplicates"] = len(train) - len(np.unique(keys[np.unique(owners, return_index=True)[1]]))
     evaluation = evaluation.take(np.sort(np.argsort(evaluation.groups, kind="stable")[: settings.eval_rows]))
-    told = [array.tobytes() for array in (*train.keys(), *evaluation.keys())]
-    return Loaded(train, evaluation, counts | {"evaluation": len(evaluation), "eval_bad": eval_bad}, sha256(b"/".join(told)).hexdigest()[:16])
+    return Loaded(train, evaluation, counts | {"evaluation": len(evaluation), "eval_bad": eval_bad}, _fingerprint(train, evaluation))
+
+
+def _fingerprint(*parts: Rows[Any]) -> str:
+    """Changes with anything that a row holds, and with the order."""
+    told = sha256()
+    for rows in parts:
+        told.update(rows._kept.tobytes())
+        for chunk in rows._dataset.data.column("content").chunks:
+            for cell in chunk:
+                told.update(cell.as_buffer() or b"")
+                told.update(b"/")
+    return told.hexdigest()[:16]
 
 
 def _sources(names: Sequence[str], kind: Kind, settings: TrainSettings) -> list[Source]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset, Subset
 from transformers import AutoConfig, PrinterCallback, ProgressCallback, TrainingArguments
 
 from .. import hub
@@ -193,6 +194,8 @@ def train(trainer: Any, signals: StopOnSignal, data: StageData, stage: str) -> t
     saved, start = latest_whole(Path(trainer.args.output_dir)), time.perf_counter()
     if saved:
         logger.info("going on from %s", saved.name)
+        if any(isinstance(callback, Patience) and callback.is_exhausted(saved) for callback in trainer.callback_handler.callbacks):
+            _end_at(trainer, int(saved.name.rpartition("-")[2]))
     try:
         trainer.train(resume_from_checkpoint=str(saved) if saved else None)
     finally:
@@ -207,6 +210,16 @@ def train(trainer: Any, signals: StopOnSignal, data: StageData, stage: str) -> t
         result |= {"best_step": trainer.state.best_global_step or trainer.state.global_step} | trainer.evaluate()
     result["train_loss"] = next((entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry), None)
     return result, True
+
+
+def _end_at(trainer: Any, step: int) -> None:
+    """Make `step` the run's last: of a run that early stopping had ended there."""
+    args, data = trainer.args, trainer.train_dataset
+    args.max_steps, count = step, step * args.gradient_accumulation_steps * args.world_size
+    if isinstance(data, IterableDataset):
+        data.num_items = count
+    else:
+        trainer.train_dataset = Subset(data, range(count))
 
 
 def save_model(trainer: Any, model: RefragModel, settings: TrainSettings) -> None:

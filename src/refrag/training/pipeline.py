@@ -334,7 +334,7 @@ def _check_folders(stages: Mapping[str, TrainSettings]) -> None:
     """Raises InputError for two stages with one folder."""
     owners: dict[Path, str] = {}
     for stage, settings in stages.items():
-        other = owners.setdefault(settings.output_dir.absolute(), stage)
+        other = owners.setdefault(settings.output_dir.resolve(), stage)
         if other != stage:
             raise InputError(f"{other} and {stage} would both write to {settings.output_dir}: give each stage an output_dir of its own, or none.")
 

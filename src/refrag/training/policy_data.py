@@ -20,7 +20,7 @@ from .data import Document, Loaded, Question, load
 from .documents import steps_of
 from .rollout import PolicyItem, num_picks
 from .settings import PolicySettings, SftSettings
-from .sft import answer_chunks, answer_ids, choose_passages, renumbered
+from .sft import answer_chunks, answer_ids, choose_passages, count_losses, renumbered
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ def _question_items(model: RefragModel, settings: PolicySettings) -> Items:
     evaluation, _ = _with_passages(loaded.evaluation, settings)
     held_out = QuestionItems(model, evaluation, replace(settings, seed=settings.seed + 1))
     items = [held_out[row] for row in range(min(settings.eval_rows, len(held_out)))]
-    return Items(QuestionItems(model, train, settings), items, loaded.counts | {"without_passages": bare}, loaded.fingerprint)
+    made = QuestionItems(model, train, settings)
+    lost = count_losses(train, model.tokenizer, made.builder, num_passages=settings.num_passages, max_answer_tokens=SftSettings.max_answer_tokens)
+    return Items(made, items, loaded.counts | lost | {"without_passages": bare}, loaded.fingerprint)
 
 
 def _with_passages(questions: Any, settings: PolicySettings) -> tuple[Any, int]:

@@ -217,6 +217,7 @@ class CptSettings(DocumentSettings):
                 raise InputError(f"mixed_share, expand_fractions and expand_range must lie between 0 and 1, one was {fraction}: try 0.1.")
         if not self.expand_fractions:
             raise InputError("expand_fractions must hold one share or more, none was given: try 0.1.")
+        _check_range(self.expand_range)
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ class SftSettings(TrainSettings):
         for share in (self.full_share, self.none_share, self.gold_share, *self.expand_range):
             if not 0 <= share <= 1:
                 raise InputError(f"full_share, none_share, gold_share and expand_range must lie between 0 and 1, one was {share}: try 0.3.")
+        _check_range(self.expand_range)
         if self.full_share + self.none_share + self.gold_share > 1:
             raise InputError("full_share, none_share and gold_share must not sum to more than 1: lower one.")
 
@@ -283,10 +285,17 @@ class PolicySettings(TrainSettings):
             raise InputError("The policy stage freezes encoder and decoder, so LoRA layers would learn nothing: leave --lora-rank out.")
         if self.group_size < 2 and self.objective == "grouped":
             raise InputError(f"group_size must be 2 or more for the grouped objective, was {self.group_size}: try 8.")
+        if not math.isfinite(self.entropy_weight):
+            raise InputError(f"entropy_weight must be finite, was {self.entropy_weight}: try 0.01.")
         if not 0 < self.clip < 1:
             raise InputError(f"clip must lie between 0 and 1, was {self.clip}: try 0.2.")
         if not self.expand_fractions or any(not 0 < fraction <= 1 for fraction in self.expand_fractions):
             raise InputError(f"expand_fractions must lie above 0 and be at most 1, were {self.expand_fractions}: try 0.1.")
+
+
+def _check_range(bounds: tuple[float, float] | None) -> None:
+    if bounds is not None and bounds[0] > bounds[1]:
+        raise InputError(f"expand_range must go from the lower share to the higher, was {bounds[0]} to {bounds[1]}: turn it round.")
 
 
 def has_begun(folder: Path) -> bool:

@@ -37,15 +37,16 @@ def answer_ids(tokenizer: Any, builder: PromptBuilder, answer: str, *, max_token
 def choose_passages(question: Question, *, num_passages: int, rng: random.Random) -> tuple[list[Passage], list[bool] | None]:
     """The gold passages and distractors up to `num_passages`, shuffled, and which of them are gold (None: not marked).
 
-    First come those that hold an answer, gold ones before the others; where none is marked, the rest keeps its order.
+    First come gold ones that hold an answer (any that do, where no gold one does), then gold ones; where none is marked, the rest keeps its order.
     """
     places = list(range(len(question.passages)))
     if question.gold is not None:
         places = rng.sample(places, k=len(places))
     if len(places) > num_passages:
         holds = [bool(answer_spans(passage.text, question.answers)) for passage in question.passages]
-        gold = question.gold or holds
-        places.sort(key=lambda place: 2 - gold[place] - (gold[place] and holds[place]))
+        gold = question.gold or [False] * len(holds)
+        unmarked = not any(own and held for own, held in zip(gold, holds, strict=True))  # then whatever holds an answer
+        places.sort(key=lambda place: (not (holds[place] and (gold[place] or unmarked)), not gold[place]))
     chosen = places[:num_passages]
     rng.shuffle(chosen)
     marked = None if question.gold is None else [question.gold[place] for place in chosen]
@@ -146,17 +147,16 @@ def prepare(model: RefragModel, settings: SftSettings) -> StageData:
     if len(loaded.evaluation) and settings.eval_rows:
         held_out, num_rows = replace(settings, seed=settings.seed + 1), min(settings.eval_rows, len(loaded.evaluation))
         evaluation = QuestionBatches(model, loaded.evaluation, held_out, num_items=-(-num_rows // settings.batch_size), num_rows=num_rows)
-    counts = loaded.counts | _count(train, settings)
+    counts = loaded.counts | count_losses(train.questions, model.tokenizer, train.builder, num_passages=settings.num_passages, max_answer_tokens=settings.max_answer_tokens)
     logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
     return StageData(train, evaluation, num_steps, counts, loaded.fingerprint)
 
 
-def _count(batches: QuestionBatches, settings: SftSettings) -> dict[str, int]:
+def count_losses(questions: Sequence[Question], tokenizer: Any, builder: PromptBuilder, *, num_passages: int, max_answer_tokens: int) -> dict[str, int]:
     """Questions to train on that lose something: gold passages beyond `num_passages`, the end of the answer; and those that have no passage."""
     counts = {"fewer_gold_passages": 0, "cut_answers": 0, "without_passages": 0}
-    for question in batches.questions:
-        counts["fewer_gold_passages"] += sum(question.gold or ()) > settings.num_passages
-        ids = answer_ids(batches.model.tokenizer, batches.builder, question.answers[0], max_tokens=settings.max_answer_tokens + 1)
-        counts["cut_answers"] += len(ids) > settings.max_answer_tokens
+    for question in questions:
+        counts["fewer_gold_passages"] += sum(question.gold or ()) > num_passages
+        counts["cut_answers"] += len(answer_ids(tokenizer, builder, question.answers[0], max_tokens=max_answer_tokens + 1)) > max_answer_tokens
         counts["without_passages"] += not (question.passages or any(turn.passages for turn in question.history))
     return counts
