@@ -15,7 +15,7 @@ from refrag.model import RefragModel
 from refrag.text import Passage
 from refrag.training import cpt, pipeline, reconstruction, sft
 from refrag.training.checkpoints import latest_whole
-from refrag.training.settings import CptSettings, PolicySettings, ReconstructionSettings, SftSettings, TrainSettings
+from refrag.training.settings import CptSettings, PolicySettings, ReconstructionSettings, SftSettings
 from refrag.training.sft import answer_ids, choose_passages
 
 
@@ -165,9 +165,10 @@ def test_settings_that_are_refused(kind, changes, said):
         kind(**changes)
 
 
-def test_a_tracker_that_is_not_installed_is_named():
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(folder):
     with pytest.raises(MissingExtraError, match="Reporting to wandb needs the package wandb: pip install wandb"):
-        TrainSettings(report_to=("wandb",))
+        cpt.run(settings_of(CptSettings, folder, report_to=("wandb",)))
+    assert not (folder / "out").exists()
 
 
 def test_parts_of_a_model_that_is_there_are_not_changed(folder):

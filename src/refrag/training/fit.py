@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoConfig, PrinterCallback, ProgressCallback, Training
 from .. import hub
 from ..config import resolve_model
 from ..encoder import fastest_dtype, resolve_device
-from ..errors import InputError, MismatchError, first_line, missing_extra
+from ..errors import InputError, MismatchError, MissingExtraError, first_line, missing_extra
 from ..model import RefragConfig, RefragModel
 from .checkpoints import Bar, LogFile, Patience, StopOnSignal, check_folder, claim, latest_whole, resolve, write_json
 from .settings import LOG_FILE, MODEL_FOLDER, RESULT_FILE, ReconstructionSettings, TrainSettings
@@ -99,17 +100,17 @@ def _add_lora(model: RefragModel, settings: TrainSettings) -> None:
     def lora() -> Any:  # one for each part: peft writes the layers it found into it
         return hub.import_peft().LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
 
-    if isinstance(settings, ReconstructionSettings):
-        pass
-    elif model.config.lora is None:
+    if settings.lora_encoder:
+        model.encoder.add_adapter(lora())
+    if isinstance(settings, ReconstructionSettings):  # the decoder is frozen
+        return
+    if model.config.lora is None:
         model.add_lora(lora())
     elif model.config.lora["r"] != settings.lora_rank:
         raise MismatchError(f"This model has LoRA layers of rank {model.config.lora['r']}, --lora-rank {settings.lora_rank} was asked for: pass --lora-rank {model.config.lora['r']}.")
     else:
         for name, parameter in model.decoder.named_parameters():
             parameter.requires_grad_(".lora_" in name)
-    if settings.lora_encoder:
-        model.encoder.add_adapter(lora())
 
 
 def freeze(module: nn.Module | None) -> None:
@@ -131,6 +132,9 @@ def precision_of(settings: TrainSettings) -> str:
 def training_arguments(settings: TrainSettings, *, num_steps: int, evaluates: bool) -> TrainingArguments:
     """Our settings as `transformers.TrainingArguments`: an item of a data set is a micro-batch."""
     precision = precision_of(settings)
+    for name in settings.report_to:
+        if find_spec(name) is None:
+            raise MissingExtraError(f"Reporting to {name} needs the package {name}: pip install {name}")
     if settings.optimizer == "adamw_8bit":
         _check_bitsandbytes()
     evaluation: dict[str, Any] = {"eval_strategy": "no"}

@@ -5,12 +5,11 @@ Names are those of the command line (`--learning-rate` is `learning_rate`). Stag
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from ..config import BUNDLED_MODEL, check_whole
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError
 
 Stage = Literal["reconstruction", "cpt", "sft", "policy"]
 Curriculum = Literal["paper", "prototype", "none"]
@@ -153,8 +152,6 @@ class TrainSettings:
         for name in self.report_to:
             if name not in TRACKERS:
                 raise InputError(f"report_to must be among {', '.join(TRACKERS)}, was {name!r}.")
-            if find_spec(name) is None:
-                raise MissingExtraError(f"Reporting to {name} needs the package {name}: pip install {name}")
 
     def warmup_steps(self, num_steps: int) -> int:
         """Warm-up in steps: `warmup` below 1 is a share."""
