@@ -9,11 +9,13 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from refrag.errors import InputError, MismatchError
+from refrag.text import Passage, PromptBuilder
+from refrag.training.batches import layout_batch
 from refrag.training.fit import build_model
 from refrag.training.optimizer import MuonAdamW
 from refrag.training.policy import PolicyWithGold, gold_loss, gold_recall
 from refrag.training.settings import CptSettings
-from refrag.training.trainer import NonFiniteLossError, RefragTrainer, apart, next_token_loss
+from refrag.training.trainer import NonFiniteLossError, RefragTrainer, apart, next_token_loss, predicting_slots, token_losses
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 
@@ -28,6 +30,35 @@ def test_next_token_loss_by_hand():
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     loss, _ = next_token_loss(logits, torch.tensor([[1, 2, -100]]), None)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_logits_of_the_slots_that_a_loss_needs_are_enough():
+    labels = torch.full((2, 41), -100)
+    labels[0, 20:23], labels[1, 30:32] = torch.tensor([1, 2, 3]), torch.tensor([0, 1])
+    slots = predicting_slots(labels)
+    assert {19, 20, 21, 29, 30} <= set(slots.tolist()) and len(slots) == 8 and slots.tolist() == sorted(slots.tolist())  # each predicts the label behind it
+    logits = torch.randn(2, 41, 4, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(token_losses(logits, labels), token_losses(logits[:, slots], labels, slots), strict=True):
+        assert torch.equal(one, other)
+    assert len(predicting_slots(torch.full((1, 41), -100))) == 7 and predicting_slots(torch.zeros(1, 6, dtype=torch.long)).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt_neox", "mistral"])
+def test_a_step_makes_logits_for_the_labels_alone_and_its_loss_is_the_plain_one(tmp_path, make_model, kind):
+    model = make_model(kind).eval()
+    builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
+    prompts = [builder.build("Who?", [Passage("a", "The harbour of Velmoor was founded in 1742. " * count)]) for count in (2, 5)]
+    batch = layout_batch(model, prompts, [[index % 3 == 0 for index in range(len(prompt.chunks))] for prompt in prompts], completions=[[5, 6, 2], [7, 2]])
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    seen = []
+    handle = model.decoder.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    loss, losses, correct = RefragTrainer(model=model, args=args)._losses(model, batch)
+    handle.remove()
+    labels = batch["labels"]
+    plain, plain_correct = token_losses(model(**{key: value for key, value in batch.items() if key != "labels"}).logits, labels)
+    torch.testing.assert_close(losses, plain, atol=1e-5, rtol=1e-5)
+    assert loss.item() == pytest.approx(plain.sum().item() / 5, rel=1e-5) and torch.equal(correct, plain_correct)
+    assert seen == [8] and labels.shape[1] > 40
 
 
 def test_questions_stand_behind_the_context_and_do_not_see_each_other():

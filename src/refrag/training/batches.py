@@ -32,8 +32,8 @@ CACHED_DOCUMENTS = 4096
 
 
 def padding(size: int) -> int:
-    """How much is added to `size` slots or chunks, so that few sizes occur: an eighth at the most, but for the shortest."""
-    step = min(ROUND, max(8, 1 << max(0, size.bit_length() - 4)))
+    """How much is added to `size` slots or chunks, so that few sizes occur: a sixteenth at the most, but for the shortest."""
+    step = min(ROUND, max(8, 1 << max(0, size.bit_length() - 5)))
     return -size % step
 
 
@@ -51,10 +51,11 @@ def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[boo
     """What `RefragModel.forward` takes for right-padded rows: the layout, and the encoder's inputs where a chunk is compressed.
 
     `targets` are `completions` and `labels` as in `lay_out`. With `encode_all` the encoder's inputs are there in any case:
-    several processes need every part of the model in every step. Slots and chunks are padded to round numbers.
+    several processes need every part of the model in every step. Slots and chunks are padded to round numbers, but not beyond the decoder's positions.
     """
     layout = lay_out(prompts, masks, padding_side="right", **targets)
-    extra = padding(layout.source.shape[1])
+    width, limit = layout.source.shape[1], getattr(model.decoder.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    extra = min(padding(width), max(0, limit - width)) if limit else padding(width)
     source, labels = nn.functional.pad(layout.source, (0, extra), value=PADDING), nn.functional.pad(layout.labels, (0, extra), value=IGNORED)
     batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels, num_chunks=0), "labels": labels}
     if all(map(all, masks)) and not encode_all:

@@ -1,5 +1,6 @@
 """One thin `transformers.Trainer` subclass: a weighted next-token loss over layouts, answers counted, nothing skipped in silence."""
 
+import inspect
 import resource
 import sys
 import time
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import InputError, RefragError
+from ..layout import IGNORED, PADDING
+from .batches import padding
 from .checkpoints import save_whole
 from .finite import explain, first_non_finite
 from .optimizer import MuonAdamW
@@ -40,11 +43,25 @@ def weighted_mean(losses: Tensor, labels: Tensor, weights: Tensor | None) -> Ten
     return (losses * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The next-token loss of each label in nats, 0 where it is -100, and which labels the logits predict; both [batch slot-1]."""
-    predicted, labels = logits[:, :-1], labels[:, 1:]
-    losses = nn.functional.cross_entropy(predicted.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
-    return losses, predicted.argmax(-1) == labels
+def token_losses(logits: Tensor, labels: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The next-token loss of each label in nats, 0 where it is -100, and which labels the logits predict; both [batch slot-1].
+
+    `logits` [batch slot vocab], or with `slots` [predicting] only those of these slots, which must be all that some loss needs.
+    """
+    predicted, wanted = (logits[:, :-1], labels[:, 1:]) if slots is None else (logits, labels[:, slots + 1])
+    losses = nn.functional.cross_entropy(predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none").view(wanted.shape)
+    correct = predicted.argmax(-1) == wanted
+    if slots is None:
+        return losses, correct
+    shape = labels[:, 1:].shape
+    return losses.new_zeros(shape).index_copy(1, slots, losses), correct.new_zeros(shape).index_copy(1, slots, correct)
+
+
+def predicting_slots(labels: Tensor) -> Tensor:
+    """Sorted slots whose logits some row's loss needs, and a few more, so that few sizes occur; `labels` [batch slot], not shifted."""
+    needed = (labels[:, 1:] != IGNORED).any(0)
+    places, others = needed.nonzero()[:, 0], (~needed).nonzero()[:, 0]
+    return torch.cat([places, others[: padding(max(len(places), 1))]]).sort().values
 
 
 def apart(segments: Tensor) -> dict[str, Tensor]:
@@ -77,6 +94,8 @@ class RefragTrainer(Trainer):
         self._tallies: dict[str, list[float]] = {}
         self._tokens, self._since, self._skipped = 0, time.perf_counter(), 0
         self._batch: dict[str, Any] = {}
+        decoder: Any = getattr(self.model, "decoder", self.model)
+        self._takes_slots = "logits_to_keep" in inspect.signature(decoder.forward).parameters
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -101,11 +120,20 @@ class RefragTrainer(Trainer):
         return (loss, {"losses": losses, "correct": correct}) if return_outputs else loss
 
     def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """(the scalar to minimise, nats of each label [batch slot-1], which labels are predicted)."""
+        """(the scalar to minimise, nats of each label [batch slot-1], which labels are predicted).
+
+        Logits are made for the slots alone that some loss needs. No slot looks at padding behind it, so right-padded layouts go without a mask.
+        """
         batch = dict(inputs)
         labels, weights, _, _, segments, _ = (batch.pop(key, None) for key in ("labels", "loss_weights", "answers", "name", "segments", "rows"))
-        batch |= {"labels": None} if segments is None else {"labels": None, **apart(segments)}
-        losses, correct = token_losses(model(**batch).logits, labels)
+        batch["labels"] = None
+        if segments is not None:
+            batch |= apart(segments)
+        elif "layout" in batch and bool((batch["layout"].source[:, 0] != PADDING).all()):
+            batch |= {"attention_mask": None, "position_ids": None}
+        slots = predicting_slots(labels) if self._takes_slots else None
+        batch |= {} if slots is None else {"logits_to_keep": slots}
+        losses, correct = token_losses(model(**batch).logits, labels, slots)
         return weighted_mean(losses, labels, weights), losses, correct
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
