@@ -83,6 +83,13 @@ def test_the_sum_over_picks_is_divided_by_their_number_and_padding_does_not_coun
     assert stats["picks"] == 1.5 and stats["clip_fraction"] == pytest.approx(1 / 6)
 
 
+@pytest.mark.parametrize("changes", [{"clip": 0.1}, {"updates_per_rollout": 4}])
+@pytest.mark.parametrize("objective", ["reinforce", "supervised"])
+def test_settings_of_the_grouped_objective_are_refused_with_another(tmp_path, objective, changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))} belongs to the grouped objective, with {objective} it changes nothing"):
+        PolicySettings(data=("a.jsonl",), output_dir=tmp_path, objective=objective, **changes)
+
+
 def test_reinforce_by_hand():
     drawn = made_rollout([[[1], [0]]], [[[0.0], [0.0]]], [[3.0, 1.0]], 3)
     loss, _ = reinforce_loss(LOGITS, drawn)

@@ -282,6 +282,9 @@ class PolicySettings(TrainSettings):
             raise InputError("The policy stage freezes encoder and decoder, so LoRA layers would learn nothing: leave --lora-rank out.")
         if self.group_size < 2 and self.objective == "grouped":
             raise InputError(f"group_size must be 2 or more for the grouped objective, was {self.group_size}: try 8.")
+        for name in ("clip", "updates_per_rollout"):
+            if self.objective != "grouped" and getattr(self, name) != getattr(PolicySettings, name):
+                raise InputError(f"{name} belongs to the grouped objective, with {self.objective} it changes nothing: leave it out, or choose --objective grouped.")
         if not math.isfinite(self.entropy_weight):
             raise InputError(f"entropy_weight must be finite, was {self.entropy_weight}: try 0.01.")
         if not 0 < self.clip < 1:

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ class TuneSettings:
     """Entry of the stage's result to be judged by."""
     goal: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
+    keep: Literal["best", "all"] = "best"
+    """Whose weights stay on the disk: best: the best trial's so far; all: every trial's. Logs and results stay in any case."""
 
     def __post_init__(self) -> None:
         if self.trials is not None:
@@ -122,7 +125,7 @@ def tune(run: RunStage, settings: TrainSettings, *, stage: str, search: TuneSett
     if search.sampler == "grid":
         size = math.prod(len(one.words) for one in space)
         limit = min(search.trials or size, size)
-    tuning = _Tuning(run, settings, stage, search.metric, study)
+    tuning = _Tuning(run, settings, stage, search.metric, search.keep, study)
     while (trial := _next_trial(study, space, search.sampler, limit)) is not None:
         if not tuning.run_trial(trial, _suggest(trial, space)):
             return {"finished": False, "metric": search.metric, "trials": _rows(study)}
@@ -233,6 +236,7 @@ class _Tuning:
     settings: TrainSettings
     stage: str
     metric: str
+    keep: str
     study: Any
 
     def drawn(self, words: Mapping[str, Any]) -> TrainSettings:
@@ -247,7 +251,7 @@ class _Tuning:
             return True
         logger.info("trial %d: %s", trial.number, ", ".join(f"{name} {word}" for name, word in words.items()))
         try:
-            result = self.run(self.stage, replace(self.drawn(words), output_dir=self.settings.output_dir / f"trial-{trial.number}"))
+            result = self.run(self.stage, replace(self.drawn(words), output_dir=self._folder(trial)))
         except (RefragError, RuntimeError, MemoryError) as error:
             if not _is_of_the_trial(error):
                 raise
@@ -260,6 +264,9 @@ class _Tuning:
             return False
         self._judge(trial, result)
         return True
+
+    def _folder(self, trial: Any) -> Path:
+        return self.settings.output_dir / f"trial-{trial.number}"
 
     def _same(self, trial: Any, words: Mapping[str, Any]) -> Any:
         """A trial with these settings that has an outcome, good or bad."""
@@ -289,6 +296,17 @@ class _Tuning:
         else:
             self.study.tell(trial, value)
             logger.info("trial %d: %s %.6g, best %.6g", trial.number, self.metric, value, self.study.best_value)
+        if self.keep == "best":
+            self._drop_weights()
+
+    def _drop_weights(self) -> None:
+        """The models and checkpoints of trials that are over and not the best so far go; their logs and results stay."""
+        over = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        best = self.study.best_trial.number if any(trial.value is not None for trial in over) else None
+        for trial in over:
+            if trial.number != best:
+                for weights in (self._folder(trial) / "model", *self._folder(trial).glob("checkpoint-*")):
+                    shutil.rmtree(weights, ignore_errors=True)
 
     def best(self) -> dict[str, Any]:
         """Write best.json; returns the outcome of the search. Raises InputError when no trial gave a value."""
