@@ -14,7 +14,7 @@ from refrag.errors import InputError, MismatchError, MissingExtraError
 from refrag.model import RefragModel
 from refrag.text import Passage
 from refrag.training import cpt, pipeline, reconstruction, sft
-from refrag.training.checkpoints import latest_whole
+from refrag.training.checkpoints import claimed, latest_whole
 from refrag.training.settings import CptSettings, PolicySettings, ReconstructionSettings, SftSettings
 from refrag.training.sft import answer_ids, choose_passages
 
@@ -63,6 +63,16 @@ def test_a_run_that_was_refused_leaves_the_folder_free(folder):
     cpt.run(settings_of(CptSettings, folder))
     with pytest.raises(InputError, match=r"holds another run \(max_chunks was 4, now 5000\)"):
         cpt.run(refused)
+
+
+def test_two_processes_do_not_train_in_one_folder(folder):
+    settings = settings_of(CptSettings, folder)
+    with claimed(settings, "cpt", None):
+        before = (folder / "out/settings.json").read_bytes()
+        with pytest.raises(InputError, match=r"Another process trains in .*out: wait for its end, or choose another --output-dir"):
+            cpt.run(settings)
+        assert (folder / "out/settings.json").read_bytes() == before and not (folder / "out/log.jsonl").exists()
+    assert cpt.run(settings)["finished"]
 
 
 def test_data_that_changed_are_noticed(folder):

@@ -10,10 +10,12 @@ import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 BEST_LINK = "best"
 FINGERPRINT = "data_fingerprint"
 """Key in settings.json: what the data were when the run began."""
+LOCK_FILE = ".lock"
 _STAGING = ".saving"
 
 
@@ -42,7 +45,7 @@ def check_folder(settings: TrainSettings, stage: str) -> dict[str, Any] | None:
     if not there.is_dir():
         raise InputError(f"--output-dir must be a folder, {there} is a file: choose another.")
     known = read_json(folder / SETTINGS_FILE)
-    if known is None and folder.exists() and any(folder.iterdir()):
+    if known is None and folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise InputError(f"--output-dir must be a new folder or one of a run, {folder} holds other files: choose another.")
     if known is not None and has_begun(folder):
         other = next((key for key in (*known, *resolved) if key not in (*WITHOUT_EFFECT, FINGERPRINT) and known.get(key) != resolved.get(key)), None)
@@ -58,21 +61,36 @@ def check_folder(settings: TrainSettings, stage: str) -> dict[str, Any] | None:
     return None
 
 
-def claim(settings: TrainSettings, stage: str, fingerprint: str | None) -> None:
-    """Make the output folder this run's: write its resolved settings there, and what its data are.
+@contextmanager
+def claimed(settings: TrainSettings, stage: str, fingerprint: str | None) -> Generator[None]:
+    """The output folder is this process's meanwhile; its resolved settings are written there, and what its data are.
 
-    Raises InputError when the run began with other data, and where nothing can be written.
+    Raises InputError when another process trains there, when the run began with other data, and where nothing can be written.
     """
-    path = settings.output_dir / SETTINGS_FILE
-    before = (read_json(path) or {}).get(FINGERPRINT) if has_begun(settings.output_dir) else None
-    if None not in (before, fingerprint) and before != fingerprint:
-        raise InputError(f"The run in {settings.output_dir} began with other data than --data and --eval-data hold now: put them back, or choose another --output-dir.")
+    folder, path = settings.output_dir, settings.output_dir / SETTINGS_FILE
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        write_json(path, resolve(settings, stage) | {FINGERPRINT: fingerprint})
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(blocking=False)
+        try:
+            before = (read_json(path) or {}).get(FINGERPRINT) if has_begun(folder) else None
+            if None not in (before, fingerprint) and before != fingerprint:
+                raise InputError(f"The run in {folder} began with other data than --data and --eval-data hold now: put them back, or choose another --output-dir.")
+            write_json(path, resolve(settings, stage) | {FINGERPRINT: fingerprint})
+        except BaseException:
+            lock.release()
+            raise
+    except Timeout as error:
+        raise InputError(f"Another process trains in {folder}: wait for its end, or choose another --output-dir.") from error
     except OSError as error:
         if _is_disk_full(error):
             raise
-        raise InputError(f"--output-dir must be a folder that can be written to, {settings.output_dir} is not ({error.strerror}): choose another.") from error
+        raise InputError(f"--output-dir must be a folder that can be written to, {folder} is not ({error.strerror}): choose another.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def resolve(settings: TrainSettings, stage: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..config import resolve_model
 from ..encoder import fastest_dtype, resolve_device
 from ..errors import InputError, MismatchError, MissingExtraError, first_line, missing_extra
 from ..model import RefragConfig, RefragModel
-from .checkpoints import Bar, LogFile, Patience, StopOnSignal, check_folder, claim, latest_whole, resolve, write_json
+from .checkpoints import Bar, LogFile, Patience, StopOnSignal, check_folder, claimed, latest_whole, resolve, write_json
 from .settings import LOG_FILE, MODEL_FOLDER, RESULT_FILE, ReconstructionSettings, TrainSettings
 from .sharding import full_state
 from .trainer import RefragTrainer
@@ -64,14 +65,13 @@ def fit(settings: Any, stage: str, prepare: Prepare, *, trainer_class: Any = Ref
     model = build_model(settings)
     data = prepare(model, settings)
     trainer, signals = make_trainer(model, data, settings, trainer_class)  # all processes are there from here on
-    if trainer.args.should_save:
-        claim(settings, stage, data.fingerprint)
-    result, finished = train(trainer, signals, data, stage)
-    if finished:
-        result |= conclude(trainer, data) if conclude else {}
-        save_model(trainer, model, settings)
-        if trainer.args.should_save:
-            write_json(settings.output_dir / RESULT_FILE, result)
+    with claimed(settings, stage, data.fingerprint) if trainer.args.should_save else nullcontext():
+        result, finished = train(trainer, signals, data, stage)
+        if finished:
+            result |= conclude(trainer, data) if conclude else {}
+            save_model(trainer, model, settings)
+            if trainer.args.should_save:
+                write_json(settings.output_dir / RESULT_FILE, result)
     return result
 
 
