@@ -196,7 +196,7 @@ def test_every_system_has_a_sample_of_every_round(content: dict) -> None:
 
 def test_stages_make_up_the_time_to_first_token(content: dict) -> None:
     cached = content["systems"]["cached"]
-    assert {"prompt_s", "vectors_s", "sense_s", "layout_s", "project_s", "prefill_s", "other_s"} <= set(cached["stages_s"])
+    assert {"prompt_s", "vectors_s", "question_s", "sense_s", "layout_s", "project_s", "prefill_s", "other_s"} <= set(cached["stages_s"])
     assert cached["stages_s"]["vectors_s"] > 0
     assert sum(cached["stages_s"].values()) == pytest.approx(cached["p50_s"], rel=0.5)  # medians of parts, not parts of a median
     assert content["systems"]["bare"]["stages_s"] == {}

@@ -26,7 +26,7 @@ USAGE_KEYS = (
 )
 """Keys of `Answer.usage`. Tokens and slots of the context count numbering, titles and separators on both sides."""
 
-TIMING_KEYS = ("retrieve_s", "prompt_s", "vectors_s", "sense_s", "layout_s", "project_s", "prefill_s", "ttft_s", "per_token_s", "total_s")
+TIMING_KEYS = ("retrieve_s", "prompt_s", "vectors_s", "question_s", "sense_s", "layout_s", "project_s", "prefill_s", "ttft_s", "per_token_s", "total_s")
 """Keys of `Answer.timings`, in seconds and in the order of the work; `ttft_s` counts from the call to the first token."""
 
 

@@ -243,8 +243,10 @@ class Refrag:
                 check_prompt(prompt, request, self._limit)
         with watch("vectors_s"):
             vectors = self.vectors.chunk_embeds(prompts, needed=[request.policy != "all" for request in requests])
+        with watch("question_s"):
+            questions = self._question_embeds(requests, prompts)
         with watch("sense_s"):
-            rows = self._rows(requests, prompts, found, vectors)
+            rows = self._rows(requests, prompts, found, vectors, questions)
         with watch("layout_s"):
             layout = lay_out(prompts, [row.expand_mask for row in rows]).to(self.device)
             for slots, row in zip(layout.num_slots, rows, strict=True):
@@ -318,9 +320,10 @@ class Refrag:
         default = "learned" if self.model.has_trained_policy else "similarity"
         return (request.policy or default) if prompt.chunks else "none"
 
-    def _rows(self, requests: Sequence[Request], prompts: Sequence[Prompt], found: Sequence[list[Found]], vectors: Sequence[Float[Tensor, "_ enc"]]) -> list[Row]:
+    def _rows(
+        self, requests: Sequence[Request], prompts: Sequence[Prompt], found: Sequence[list[Found]], vectors: Sequence[Float[Tensor, "_ enc"]], questions: Sequence[Float[Tensor, "enc"] | None]
+    ) -> list[Row]:
         """The policies' decisions; prompts that the learned policy decides are scored together."""
-        questions = self._question_embeds(requests, prompts)
         inputs = [self._policy_inputs(*parts) for parts in zip(requests, prompts, vectors, questions, strict=True)]
         learned = [number for number, parts in enumerate(zip(requests, prompts, strict=True)) if self._policy(*parts) == "learned"]
         scores: dict[int, Tensor] = {}

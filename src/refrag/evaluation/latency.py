@@ -47,8 +47,8 @@ RATIOS = {
 TTIT_RATIOS = {"ttit_cached_over_generate": ("cached", "generate"), "ttit_full_over_cached": ("full", "cached")}
 """Ratios of time between tokens; `generate` is transformers' own on as many slots."""
 
-SHARES = {"reading": ("vectors_s",), "policy_and_projector": ("sense_s", "project_s")}
-"""Parts of a cached request's time to first token: chunk vectors from the index; everything that is not in a plain decoder."""
+SHARES = {"reading": ("vectors_s",), "question": ("question_s",), "policy_and_projector": ("sense_s", "project_s")}
+"""Parts of a cached request's time to first token: chunk vectors from the index; the question's own vector, where the policy looks at it; the policy and the projector."""
 
 
 def run(settings: LatencySettings) -> dict[str, Any]:
