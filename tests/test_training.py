@@ -294,6 +294,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, make_deco
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
+def test_of_accumulated_micro_batches_the_one_that_did_it_is_named(tmp_path, make_decoder):
+    run = trainer(tmp_path, make_decoder, steps=1, total=3, gradient_accumulation_steps=3)
+    run.train_dataset = [{**run.train_dataset[place], "rows": [f"row-{place}"]} for place in range(3)]
+    bad = run.train_dataset[1]["input_ids"]
+    head = run.model.lm_head
+    run.model.register_forward_pre_hook(lambda module, args, kwargs: setattr(module, "is_bad", torch.equal(kwargs["input_ids"], bad)), with_kwargs=True)
+    head.weight.register_hook(lambda grad: grad * float("inf") if run.model.is_bad else grad)
+    with pytest.raises(NonFiniteLossError, match=r"The gradient norm was (inf|nan)\. The loss was finite at step 0 on rows row-1 in fp32, .*lm_head"):
+        run.train()
+
+
 def test_a_model_of_several_chunk_sizes_is_trained_further_with_one(tmp_path):
     model = build_model(CptSettings(model="bundled", data=("d",), output_dir=tmp_path / "out", chunk_size=16))
     assert (model.config.chunk_size, model.config.chunk_sizes) == (16, None)

@@ -4,6 +4,7 @@ This file is also the program of the two processes: `torchrun --nproc-per-node 2
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch.distributed as dist
 from conftest import build_decoder, build_encoder, mixed_mask, train_encoder_tokenizer, train_tokenizer
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from refrag.encoder import encoder_inputs
 from refrag.layout import lay_out
 from refrag.model import RefragModel
 from refrag.text import Passage, PromptBuilder
+from refrag.training.checkpoints import StopOnSignal
 from refrag.training.finite import first_non_finite
 from refrag.training.sharding import full_state, shard
 from refrag.training.trainer import RefragTrainer, next_token_loss
@@ -63,18 +65,32 @@ def loss_of(model, batch):
 # ── what the processes do ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train_with_trainer(folder, *, accumulate) -> dict:
+def stopped_by_one(folder, rank) -> tuple[int, bool]:
+    """Steps until the training ended, and whether it knows that it was told to: the second process gets SIGTERM in its second step."""
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if rank == 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    signals = StopOnSignal()
+    trainer = train_with_trainer(folder, accumulate=1, callbacks=[signals, Told()], steps=20)["trainer"]
+    return trainer.state.global_step, signals.stopped
+
+
+def train_with_trainer(folder, *, accumulate, callbacks=(), steps=STEPS) -> dict:
     """Losses in the log, and the weights after training."""
     model = new_model(policy={"kind": "none"})
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=accumulate, learning_rate=1e-2, lr_scheduler_type="constant",
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=accumulate, learning_rate=1e-2, lr_scheduler_type="constant",
         use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, logging_nan_inf_filter=False, remove_unused_columns=False, save_strategy="no",
         ddp_find_unused_parameters=False,
     )  # fmt: skip
-    trainer = RefragTrainer(model=model, args=args, train_dataset=MicroBatches(model), data_collator=lambda items: items[0])
+    trainer = RefragTrainer(model=model, args=args, train_dataset=MicroBatches(model), data_collator=lambda items: items[0], callbacks=list(callbacks))
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
+        "trainer": trainer,
         "kind": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in entries],
         "norms": [entry["grad_norm"] for entry in entries],
@@ -179,8 +195,9 @@ def main(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     results = {"trainer": train_with_trainer(folder / "trainer", accumulate=1)}
+    del results["trainer"]["trainer"]
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-    results |= {"backend": dist.get_backend(), "alone": find_alone(rank)}
+    results |= {"stopped": stopped_by_one(folder / "stopped", rank), "backend": dist.get_backend(), "alone": find_alone(rank)}
     results |= {"sharded": train_sharded(mesh, tied=False, rank=rank), "tied": train_sharded(mesh, tied=True, rank=rank)}
     results |= {"found": find_sharded(mesh, rank), "bf16": compute_in_bf16(mesh)}
     torch.save(results, folder / f"rank{rank}.pt")
@@ -217,6 +234,10 @@ def test_two_processes_of_the_trainer_equal_one_that_accumulates(ranks, tmp_path
         assert rank["trainer"]["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert rank["trainer"]["norms"] == pytest.approx(one["norms"], rel=1e-4)
         assert_weights(rank["trainer"]["weights"], one["weights"], atol=1e-5, rtol=1e-4)
+
+
+def test_one_process_that_is_told_to_stop_stops_both_after_the_same_step(ranks):
+    assert [rank["stopped"] for rank in ranks] == [(2, True), (2, True)]
 
 
 @pytest.mark.parametrize("kind", ["sharded", "tied"])

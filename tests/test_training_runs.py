@@ -65,6 +65,13 @@ def test_a_run_that_was_refused_leaves_the_folder_free(folder):
         cpt.run(refused)
 
 
+def test_a_share_that_is_no_chunk_is_said(folder, caplog):
+    with caplog.at_level("WARNING", "refrag"):
+        cpt.run(settings_of(CptSettings, folder, mixed_share=0.5, expand_fractions=(0.1, 0.5)))
+    assert "a share of 0.1 of 4 chunks is no chunk: nothing is left as tokens there, take 0.25 or more, or raise --max-chunks" in caplog.text
+    assert "a share of 0.5" not in caplog.text
+
+
 def test_two_processes_do_not_train_in_one_folder(folder):
     settings = settings_of(CptSettings, folder)
     with claimed(settings, "cpt", None):

@@ -163,7 +163,7 @@ class Probe(TrainerCallback):
 
     def _bare(self) -> dict[str, tuple[float, float]]:
         """(wall, CPU) seconds of forward and backward of the decoder alone and of the encoder alone, as large as in the step."""
-        model, batch = self.trainer.model, self.trainer._batch
+        model, batch = self.trainer.model, self.trainer._batches[-1]
         layout = batch["layout"]
         self.slots = max(layout.num_slots)
         ids = torch.randint(3, len(model.tokenizer), (len(layout.num_slots), self.slots), device=model.device)

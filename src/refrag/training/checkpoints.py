@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -248,7 +250,10 @@ class LogFile(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM saves a checkpoint after the running step and ends the training; the handler before is put back."""
+    """SIGTERM saves a checkpoint after the running step and ends the training; the handler before is put back.
+
+    Processes that train together end after the same step, whichever of them was told.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
@@ -262,6 +267,10 @@ class StopOnSignal(TrainerCallback):
         self.stopped = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if args.world_size > 1:
+            told = torch.tensor(int(self.stopped), device=args.device)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+            self.stopped = bool(told)
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control

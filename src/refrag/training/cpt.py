@@ -1,5 +1,6 @@
 """Stage 2, continual pre-training (paper section 2): s context tokens compressed, the next o predicted; then with mixed inputs."""
 
+import logging
 import random
 from typing import Any
 
@@ -9,6 +10,8 @@ from .curriculum import num_chunks
 from .documents import document_data
 from .fit import fit, freeze
 from .settings import CptSettings
+
+logger = logging.getLogger(__name__)
 
 
 class ContinualPretraining:
@@ -85,5 +88,9 @@ def run(settings: CptSettings) -> dict[str, Any]:
 
 def prepare(model: RefragModel, settings: CptSettings) -> Any:
     """Everything but the policy is trained; returns the data."""
+    shares = settings.expand_range[1:] if settings.expand_range else settings.expand_fractions
+    for share in shares if settings.mixed_share else ():
+        if share > 0 and int(share * settings.max_chunks + 1e-9) == 0:
+            logger.warning("a share of %g of %d chunks is no chunk: nothing is left as tokens there, take %.2g or more, or raise --max-chunks", share, settings.max_chunks, 1 / settings.max_chunks)
     freeze(model.policy)
     return document_data(model, settings, ContinualPretraining)

@@ -172,10 +172,11 @@ class PolicyTrainer(RefragTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         items = inputs["items"]
         self._tokens += sum(item.num_tokens for item in items)
-        self._batch = inputs | self._looked_at(inputs)
-        loss, stats = self._objective(model, self._batch)
+        batch = inputs | self._looked_at(inputs)
+        self._batches.append(batch)
+        loss, stats = self._objective(model, batch)
         if not torch.isfinite(loss):
-            self._stop(model, "loss", loss.item())
+            self._stop(model, "loss", loss.item(), [batch])
         self._tally(inputs["name"], loss, torch.zeros(0), None)
         for name, value in stats.items():
             self._stats[name].append(value)

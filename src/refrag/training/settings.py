@@ -214,6 +214,8 @@ class CptSettings(DocumentSettings):
                 raise InputError(f"mixed_share, expand_fractions and expand_range must lie between 0 and 1, one was {fraction}: try 0.1.")
         if not self.expand_fractions:
             raise InputError("expand_fractions must hold one share or more, none was given: try 0.1.")
+        if self.expand_range is not None and self.expand_fractions != CptSettings.expand_fractions:
+            raise InputError("The shares of the mixed part are drawn from expand_range or taken from expand_fractions, both were given: leave one out.")
         _check_range(self.expand_range)
 
 
@@ -282,9 +284,10 @@ class PolicySettings(TrainSettings):
             raise InputError("The policy stage freezes encoder and decoder, so LoRA layers would learn nothing: leave --lora-rank out.")
         if self.group_size < 2 and self.objective == "grouped":
             raise InputError(f"group_size must be 2 or more for the grouped objective, was {self.group_size}: try 8.")
-        for name in ("clip", "updates_per_rollout"):
-            if self.objective != "grouped" and getattr(self, name) != getattr(PolicySettings, name):
-                raise InputError(f"{name} belongs to the grouped objective, with {self.objective} it changes nothing: leave it out, or choose --objective grouped.")
+        idle = {"grouped": (), "reinforce": ("clip", "updates_per_rollout"), "supervised": ("clip", "updates_per_rollout", "group_size", "entropy_weight", "supervised_steps")}
+        for name in idle[self.objective]:
+            if getattr(self, name) != getattr(PolicySettings, name):
+                raise InputError(f"{name} changes nothing with the objective {self.objective}: leave it out, or choose --objective grouped.")
         if not math.isfinite(self.entropy_weight):
             raise InputError(f"entropy_weight must be finite, was {self.entropy_weight}: try 0.01.")
         if not 0 < self.clip < 1:

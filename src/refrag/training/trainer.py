@@ -4,7 +4,8 @@ import inspect
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class RefragTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean: accumulated passes are averaged, not summed
         self._tallies: dict[str, list[float]] = {}
         self._tokens, self._since, self._skipped = 0, time.perf_counter(), 0
-        self._batch: dict[str, Any] = {}
+        self._batches: deque[dict[str, Any]] = deque(maxlen=max(1, self.args.gradient_accumulation_steps))
+        """The micro-batches of the optimizer step, the latest last."""
         decoder: Any = getattr(self.model, "decoder", self.model)
         self._takes_slots = "logits_to_keep" in inspect.signature(decoder.forward).parameters
 
@@ -111,9 +113,9 @@ class RefragTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         loss, losses, correct = self._losses(model, inputs)
         if model.training:
-            self._batch = inputs
+            self._batches.append(inputs)
             if not torch.isfinite(loss):
-                self._stop(model, "loss", loss.item())
+                self._stop(model, "loss", loss.item(), [inputs])
             self._count(inputs)
             for name in _names(inputs):
                 self._tally(name, loss, correct, inputs.get("answers"))
@@ -143,22 +145,27 @@ class RefragTrainer(Trainer):
         scaled = self.accelerator.scaler is not None  # fp16: the step is skipped, the scale lowered, and both are counted
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (not scaled or self._skipped > MAX_SKIPPED):
-            self._stop(model, "gradient norm", float(norm))
+            self._stop(model, "gradient norm", float(norm), self._batches)
         if not finite:
             self._tallies.setdefault("skipped", [0.0, 0, 0, 0])[1] += 1
         return norm
 
-    def _stop(self, model: nn.Module, what: str, value: float) -> None:
-        """Raise with the step, the rows, the module in which it first appeared, and what to try."""
-        inputs = self._batch
-
-        def again() -> Tensor:
-            with self.compute_loss_context_manager(), self.accelerator.autocast():
-                return self._losses(model, inputs)[0]
-
+    def _stop(self, model: nn.Module, what: str, value: float, batches: Iterable[dict[str, Any]]) -> None:
+        """Raise with the step, the rows of the micro-batch that did it, the module in which it first appeared, and what to try."""
         scaler = self.accelerator.scaler
-        finding = first_non_finite(model, again, loss_scale=scaler.get_scale() if scaler is not None else 1.0)
-        rows = [str(row) for row in inputs.get("rows") or _names(inputs)]
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        finding, rows = None, []
+        for inputs in batches:
+
+            def again(inputs: dict[str, Any] = inputs) -> Tensor:
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    return self._losses(model, inputs)[0]
+
+            finding = first_non_finite(model, again, loss_scale=scale)
+            own = [str(row) for row in inputs.get("rows") or _names(inputs)]
+            rows = own if finding is not None else [*rows, *own]
+            if finding is not None:
+                break
         reason = explain(finding, step=self.state.global_step, rows=rows, precision=self.accelerator.mixed_precision)
         raise NonFiniteLossError(f"The {what} was {value}. {reason}")
 
