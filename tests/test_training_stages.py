@@ -127,13 +127,13 @@ def test_cpt_asks_for_what_follows_the_context(tiny_model):
     assert any(joined[at : at + 5] == asked for at in range(len(joined)))
 
 
-@pytest.mark.parametrize(("changes", "expected"), [({}, ["p=0.25", "p=0.5"]), ({"expand_range": (0.0, 1.0)}, ["p=0..1"])])
+@pytest.mark.parametrize(("changes", "expected"), [({"expand_fractions": (0.25, 0.5)}, ["p=0.25", "p=0.5"]), ({"expand_range": (0.0, 1.0)}, ["p=0..1"])])
 def test_the_mixed_part_leaves_a_share_of_the_chunks_as_tokens(tiny_model, changes, expected):
-    settings = CptSettings(max_chunks=4, curriculum="prototype", mixed_share=0.5, expand_fractions=(0.25, 0.5), **changes)
+    settings = CptSettings(max_chunks=4, curriculum="prototype", mixed_share=0.5, **changes)
     items = document_items(ContinualPretraining, settings, tiny_model, num_items=8)
     names = [items[item]["name"] for item in range(8)]
     assert all(name[0].startswith("stage-") for name in names[:4]) and [name for (name,) in dict.fromkeys(map(tuple, names[4:]))] == expected
-    if not changes:
+    if "expand_fractions" in changes:
         for item, expanded in ((4, 1), (7, 2)):
             layout = items[item]["layout"]
             for tokens, slots in zip(layout.context_tokens, layout.context_slots, strict=True):
