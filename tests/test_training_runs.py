@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_training_stages import documents, folder, settings_of  # noqa: F401
 
 from refrag.cli import main
@@ -63,6 +65,17 @@ def test_a_run_that_was_refused_leaves_the_folder_free(folder):
     cpt.run(settings_of(CptSettings, folder))
     with pytest.raises(InputError, match=r"holds another run \(max_chunks was 4, now 5000\)"):
         cpt.run(refused)
+
+
+def test_the_best_step_is_kept_though_no_checkpoint_was_due(folder):
+    result = cpt.run(settings_of(CptSettings, folder, num_steps=8, save_every=8, eval_every=2, learning_rate=1.0, warmup=0.0, schedule="constant", eval_fraction=0.3))
+    log = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 8 and result["best_step"] == best and result["eval_loss"] == pytest.approx(losses[best], abs=1e-4)
+    assert (folder / "out/best").resolve().name == f"checkpoint-{best}"
+    ends, saved = (load_file(folder / "out" / name / "model.safetensors") for name in ("model", f"checkpoint-{best}"))
+    assert all(torch.equal(ends[name], saved[name]) for name in ends)
 
 
 def test_a_share_that_is_no_chunk_is_said(folder, caplog):

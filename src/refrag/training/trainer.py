@@ -243,6 +243,13 @@ class RefragTrainer(Trainer):
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A step that is the best so far is saved, whether `save_steps` names it or not: it is what the run ends with."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint appears when it is whole: it is written beside, then renamed. Old ones go afterwards."""
         save_whole(self, lambda: super(RefragTrainer, self)._save_checkpoint(model, trial))
