@@ -92,6 +92,15 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 
 @needs_muon
+def test_muon_leaves_an_untied_output_head_to_adamw(make_model):
+    model = make_model("llama")
+    muon, adamw = (group["params"] for group in MuonAdamW(model, lr=0.1).param_groups)
+    head = model.decoder.lm_head.weight
+    assert head is not model.get_input_embeddings().weight and any(p is head for p in adamw) and not any(p is head for p in muon)
+    assert any(p is model.projector.up.weight for p in muon)
+
+
+@needs_muon
 def test_the_optimizers_state_survives_a_round_trip():
     def model():
         torch.manual_seed(0)

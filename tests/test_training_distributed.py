@@ -94,6 +94,7 @@ def train_with_trainer(folder, *, accumulate, callbacks=(), steps=STEPS) -> dict
         "kind": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in entries],
         "norms": [entry["grad_norm"] for entry in entries],
+        "named": [entry["cpt/loss"] for entry in entries],
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
     }
 
@@ -229,6 +230,8 @@ def test_two_processes_of_the_trainer_equal_one_that_accumulates(ranks, tmp_path
     one = train_with_trainer(tmp_path, accumulate=2)
     assert ranks[0]["backend"] == "gloo" and one["kind"] == "RefragModel"
     assert len(one["losses"]) == STEPS and one["losses"][-1] < one["losses"][0] - 0.3
+    assert ranks[0]["trainer"]["named"] == ranks[1]["trainer"]["named"] == pytest.approx(one["named"], abs=2e-4)
+    assert one["named"] == pytest.approx(one["losses"], abs=2e-4)
     for rank in ranks:
         assert rank["trainer"]["kind"] == "DistributedDataParallel"
         assert rank["trainer"]["losses"] == pytest.approx(one["losses"], rel=1e-5)

@@ -270,7 +270,8 @@ def test_steps_of_the_stage():
     settings = PolicySettings(batch_size=4, gradient_accumulation_steps=2, supervised_steps=5, updates_per_rollout=2)
     assert policy_steps(settings, 80) == 5 + 2 * 10
     assert policy_steps(replace(settings, objective="reinforce"), 80) == 5 + 10
-    assert policy_steps(replace(settings, objective="supervised"), 80) == 10
+    assert policy_steps(replace(settings, objective="supervised", supervised_steps=0), 80) == 10
     assert policy_steps(replace(settings, num_steps=7), 80) == 7
+    assert policy_steps(settings, 81) == 5 + 21  # the rows of the last step are seen too
     with pytest.raises(InputError, match="no optimizer step"):
         policy_steps(settings, 3)

@@ -78,6 +78,24 @@ def test_the_best_step_is_kept_though_no_checkpoint_was_due(folder):
     assert all(torch.equal(ends[name], saved[name]) for name in ends)
 
 
+def test_rows_longer_than_the_decoders_positions_are_refused_before_the_first_step(folder):
+    rows = [row(0), row(1, passages=["Ann built mill 1. " * 200])]
+    with pytest.raises(InputError, match=r"The decoder has 512 positions, a row would take [\d,]+ slots: lower --num-passages \(row .*line 2\)"):
+        sft.run(settings_of(SftSettings, folder, data=(questions(folder, rows),), full_share=0.1))
+    assert not (folder / "out").exists()
+
+
+def test_the_rows_of_the_last_step_are_seen_too(folder):
+    data = questions(folder, [row(number) for number in range(11)])
+    result = sft.run(settings_of(SftSettings, folder, data=(data,), num_steps=None, batch_size=2, gradient_accumulation_steps=2, eval_fraction=0.0))
+    assert result["steps"] == 3  # of 4 rows each
+
+
+def test_a_constant_schedule_has_no_warm_up(folder):
+    with pytest.raises(InputError, match=r"The schedule constant has no warm-up, --warmup was 2: choose --schedule constant_with_warmup"):
+        settings_of(CptSettings, folder, schedule="constant", warmup=2.0)
+
+
 def test_a_share_that_is_no_chunk_is_said(folder, caplog):
     with caplog.at_level("WARNING", "refrag"):
         cpt.run(settings_of(CptSettings, folder, mixed_share=0.5, expand_fractions=(0.1, 0.5)))

@@ -50,13 +50,13 @@ def settings(tmp_path: Path) -> CptSettings:
 
 
 def test_values_ranges_and_points() -> None:
-    space = parse_search("cpt", ["batch-size=4,8,4", "learning_rate=1e-5..1e-3", "seed=1..3", "warmup=0..0.1/3", "max_chunks=1..16/3"])
+    space = parse_search("cpt", ["batch-size=4,8,4", "learning_rate=1e-5..1e-3", "seed=1..3", "warmup=0..0.1/3", "gradient_accumulation_steps=1..16/3"])
     assert space == [
         Dimension("batch_size", ("4", "8")),
         Dimension("learning_rate", low=1e-5, high=1e-3),
         Dimension("seed", low=1.0, high=3.0, whole=True),
         Dimension("warmup", ("0", "0.05", "0.1")),
-        Dimension("max_chunks", ("1", "4", "16")),
+        Dimension("gradient_accumulation_steps", ("1", "4", "16")),
     ]
     assert [one.log for one in space] == [False, True, False, False, False]
     assert parse_search("cpt", ["learning_rate=1e-5..1e-3/3"])[0].words == ("1e-05", "0.0001", "0.001")
@@ -67,6 +67,7 @@ def test_values_ranges_and_points() -> None:
     [
         ("learning_rate", "--search takes NAME=VALUE,VALUE or NAME=LOW..HIGH or NAME=LOW..HIGH/POINTS, was 'learning_rate': write for example"),
         ("learning_rat=1", "did you mean learning_rate?"),
+        ("max_chunks=2,8", "max_chunks changes what is evaluated, so that results could not be compared: search another setting"),
         ("batch_size=4,many", "batch_size must be a whole number, was \"many\" in --search batch_size=4,many"),
         ("curriculum=paper,papers", "curriculum must be one of paper, prototype, none"),
         ("learning_rate=1e-3..1e-5", "A range is two numbers, the lower one first, and perhaps 2 points or more; learning_rate was 1e-3..1e-5"),

@@ -52,10 +52,12 @@ def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[boo
 
     `targets` are `completions` and `labels` as in `lay_out`. With `encode_all` the encoder's inputs are there in any case:
     several processes need every part of the model in every step. Slots and chunks are padded to round numbers, but not beyond the decoder's positions.
+    Raises InputError for a row that has more slots than these.
     """
     layout = lay_out(prompts, masks, padding_side="right", **targets)
-    width, limit = layout.source.shape[1], getattr(model.decoder.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    extra = min(padding(width), max(0, limit - width)) if limit else padding(width)
+    width = layout.source.shape[1]
+    room = check_positions(model, width, "--num-passages, --max-chunks or --output-tokens")
+    extra = min(padding(width), room)
     source, labels = nn.functional.pad(layout.source, (0, extra), value=PADDING), nn.functional.pad(layout.labels, (0, extra), value=IGNORED)
     batch: dict[str, Any] = {"layout": replace(layout, source=source, labels=labels, num_chunks=0), "labels": labels}
     if all(map(all, masks)) and not encode_all:
@@ -64,6 +66,14 @@ def layout_batch(model: RefragModel, prompts: list[Prompt], masks: list[list[boo
     ids, mask = encoder_inputs(model.encoder, model.encoder_tokenizer, texts + [""] * padding(len(texts)))
     batch["layout"] = replace(batch["layout"], num_chunks=len(ids))
     return batch | {"encoder_input_ids": ids, "encoder_attention_mask": mask}
+
+
+def check_positions(model: RefragModel, slots: int, settings: str) -> int:
+    """How many more slots than `slots` the decoder has positions for. Raises InputError where it has fewer; `settings`: what to lower."""
+    limit = getattr(model.decoder.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+    if slots > limit:
+        raise InputError(f"The decoder has {limit:,} positions, a row would take {slots:,} slots: lower {settings}.")
+    return limit - slots
 
 
 def place_completions(layout: Any, values: Sequence[Sequence[float]], *, width: int) -> torch.Tensor:

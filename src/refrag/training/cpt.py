@@ -22,6 +22,10 @@ class ContinualPretraining:
         self.num_compressed = round(num_items * (1 - settings.mixed_share))
         self.num_items = num_items
         self.num_chunks = settings.max_chunks + self._output_chunks(settings.max_chunks)
+        most = max(settings.expand_range or settings.expand_fractions) if settings.mixed_share else 0.0
+        expanded = int(most * settings.max_chunks + 1e-9)
+        self.num_slots = 1 + settings.max_chunks + expanded * (model.config.chunk_size - 1) + self._output_tokens(settings.max_chunks)
+        """Most slots of a row: the start, the context with its largest share expanded, the output."""
 
     def _output_tokens(self, length: int) -> int:
         return self.settings.output_tokens or length * self.model.config.chunk_size

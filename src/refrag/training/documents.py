@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..model import RefragModel
 from ..text import PromptBuilder
-from .batches import ChunkedDocuments, DocumentBatches, DocumentStream, Windows
+from .batches import ChunkedDocuments, DocumentBatches, DocumentStream, Windows, check_positions
 from .data import load
 from .fit import StageData
 from .settings import DocumentSettings
@@ -29,11 +29,12 @@ def items_per_step(settings: Any) -> int:
 
 
 def steps_of(settings: Any, rows: int) -> int:
-    """Optimizer steps: as set, or as many as `num_epochs` passes over `rows` take. Raises InputError for none."""
+    """Optimizer steps: as set, or as many as `num_epochs` passes over `rows` take, the last one filled up with rows of the next pass. Raises InputError for none."""
     if settings.num_steps is not None:
         return settings.num_steps
-    steps = math.floor(settings.num_epochs * rows / (settings.batch_size * items_per_step(settings)))
-    if steps < 1:
+    batches = settings.num_epochs * rows / (settings.batch_size * items_per_step(settings))
+    steps = math.ceil(batches - 1e-9)
+    if batches < 1 - 1e-9:
         raise InputError(
             f"The run would take no optimizer step: {rows} rows make less than one batch of {settings.batch_size * items_per_step(settings)}: "
             "add data, lower --batch-size or --gradient-accumulation-steps, or pass --num-steps."
@@ -48,6 +49,7 @@ def document_data(model: RefragModel, settings: DocumentSettings, stage: Callabl
     builder = PromptBuilder(model.tokenizer, chunk_size=model.config.chunk_size)
     pack = settings.short_documents == "pack"
     size = stage(model, settings, num_items=1).num_chunks
+    check_positions(model, stage(model, settings, num_items=1).num_slots, "--max-chunks or --output-tokens")
     if settings.streaming:
         assert settings.num_steps is not None
         num_steps, counts = settings.num_steps, loaded.counts  # which the stream goes on counting in

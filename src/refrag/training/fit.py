@@ -82,10 +82,10 @@ def build_model(settings: TrainSettings) -> RefragModel:
     """
     torch.manual_seed(settings.seed)
     if settings.encoder is not None:
-        shape = {"chunk_size": settings.chunk_size or 16, "pooling": settings.pooling, "projector_width": settings.projector_width}
+        shape = {"chunk_size": settings.chunk_size or 16, "pooling": settings.pooling or "cls", "projector_width": settings.projector_width}
         model = RefragModel.from_parts(settings.encoder, settings.decoder, part_kwargs={"dtype": torch.float32}, **shape)
     else:
-        asked = {name: value for name in ("chunk_size", "pooling", "projector_width") if (value := getattr(settings, name)) != getattr(TrainSettings, name)}
+        asked = {name: value for name in ("chunk_size", "pooling", "projector_width") if (value := getattr(settings, name)) is not None}
         model = RefragModel.from_pretrained(resolve_model(settings.start), dtype=torch.float32, **asked)
         model.config.chunk_sizes = None  # it is trained further with one
     model.requires_grad_(True)
@@ -259,7 +259,7 @@ def shape_of(settings: TrainSettings) -> dict[str, Any]:
     try:
         if settings.encoder is not None and settings.decoder is not None:
             configs = [AutoConfig.from_pretrained(name) for name in (settings.encoder, settings.decoder)]
-            config = RefragConfig(encoder_config=configs[0], decoder_config=configs[1], chunk_size=settings.chunk_size or 16, pooling=settings.pooling, projector_width=settings.projector_width)
+            config = RefragConfig(encoder_config=configs[0], decoder_config=configs[1], chunk_size=settings.chunk_size or 16, pooling=settings.pooling or "cls", projector_width=settings.projector_width)
         else:
             config = hub.read_config(RefragConfig, resolve_model(settings.start))
         with torch.device("meta"):

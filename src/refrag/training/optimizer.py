@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import InputError
 
@@ -18,7 +19,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise InputError(f"The muon optimizer needs torch 2.9 or later, this is {torch.__version__}: use adamw.")
-        tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        found = [m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel)]
+        heads = [head for head in found if head is not None]
+        tables = {id(p) for m in (*heads, *(m for m in model.modules() if isinstance(m, nn.Embedding))) for p in m.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
         hidden = [p for p in trained if p.ndim == 2 and id(p) not in tables]
         taken = {id(p) for p in hidden}

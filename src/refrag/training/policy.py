@@ -236,7 +236,11 @@ class PolicyTrainer(RefragTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: round(fmean(values), 6) for name, values in self._stats.items()}
+            stats: dict[str, list[float]] = defaultdict(list)
+            for own in self.gathered(dict(self._stats)):
+                for name, values in own.items():
+                    stats[name] += values
+            logs |= {name: round(fmean(values), 6) for name, values in stats.items()}
             self._stats.clear()
         super().log(logs, *args, **kwargs)
 

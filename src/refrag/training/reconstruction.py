@@ -16,6 +16,8 @@ class Reconstruction:
     def __init__(self, model: RefragModel, settings: ReconstructionSettings, *, num_items: int) -> None:
         self.model, self.settings, self.num_items = model, settings, num_items
         self.num_chunks = settings.max_chunks
+        self.num_slots = 1 + settings.max_chunks * (1 + model.config.chunk_size)
+        """Most slots of a row: the start, the vectors, all their tokens."""
 
     def _length(self, item: int) -> tuple[int, int]:
         """(stage of the curriculum, L)."""

@@ -41,8 +41,8 @@ class TrainSettings:
     """Instead of --model: pretrained decoder, a folder or hub name."""
     chunk_size: int | None = None
     """Tokens per chunk, k, of a model built from --encoder and --decoder (None: 16); with --model it must be the model's own."""
-    pooling: Literal["cls", "mean"] = "cls"
-    """Pooling of a model built from --encoder and --decoder."""
+    pooling: Literal["cls", "mean"] | None = None
+    """Pooling of a model built from --encoder and --decoder; None: cls."""
     projector_width: int | None = None
     """Hidden width of its projector; None: 4 x the decoder's (the paper's is the decoder's)."""
     resume: bool = True
@@ -131,6 +131,8 @@ class TrainSettings:
             raise InputError(f"A run must take one optimizer step or more, num_steps was {self.num_steps} and num_epochs {self.num_epochs}: raise it.")
         if self.num_steps is not None and self.warmup_steps(self.num_steps) > self.num_steps:
             raise InputError(f"Warm-up must not be longer than training, was {self.warmup:g} steps of {self.num_steps}: lower --warmup or raise --num-steps.")
+        if self.schedule == "constant" and self.warmup not in (0, TrainSettings.warmup):
+            raise InputError(f"The schedule constant has no warm-up, --warmup was {self.warmup:g}: choose --schedule constant_with_warmup, or leave --warmup out.")
         if self.streaming and self.num_steps is None:
             raise InputError("A stream has no length, so --streaming needs --num-steps: pass --num-steps.")
         self._check_optimizer()
@@ -146,7 +148,7 @@ class TrainSettings:
 
     def _check_evaluation(self) -> None:
         if self.eval_every and self.save_every % self.eval_every:
-            raise InputError(f"--save-every must be a multiple of --eval-every, were {self.save_every} and {self.eval_every}: the best checkpoint must exist.")
+            raise InputError(f"--save-every must be a multiple of --eval-every, were {self.save_every} and {self.eval_every}: a checkpoint is judged by an evaluation.")
         if self.patience and not (self.eval_rows and (self.eval_data or self.eval_fraction)):
             raise InputError(f"patience counts evaluations, and nothing would be evaluated: leave --patience {self.patience} out, or give --eval-data, or an --eval-fraction and --eval-rows above 0.")
         for name in self.report_to:

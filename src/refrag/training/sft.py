@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 from ..data.rows import answer_spans
 from ..errors import InputError
+from ..layout import num_slots
 from ..model import RefragModel
 from ..text import Passage, Prompt, PromptBuilder
-from .batches import layout_batch
+from .batches import check_positions, layout_batch
 from .data import Question, load
 from .documents import items_per_step, steps_of
 from .fit import StageData, fit, freeze
@@ -112,6 +113,14 @@ class QuestionBatches(Dataset):
         completion = answer_ids(self.model.tokenizer, self.builder, answer, max_tokens=self.settings.max_answer_tokens)
         return prompt, mask, completion, how, question.id
 
+    def most_slots(self, question: Question) -> int:
+        """Slots of a row of this question as it may be drawn: whole, where rows are expanded in full, else with the largest share."""
+        passages, _ = choose_passages(question, num_passages=self.settings.num_passages, rng=random.Random(0))
+        prompt = self.builder.build(question.question, passages, system=question.system, history=question.history)
+        share = 1.0 if self.settings.full_share else self.settings.expand_range[1]
+        count = int(share * len(prompt.chunks) + 1e-9)
+        return num_slots(prompt, [place < count for place in range(len(prompt.chunks))]) + len(answer_ids(self.model.tokenizer, self.builder, question.answers[0], max_tokens=self.settings.max_answer_tokens))
+
     def _mask(self, prompt: Prompt, question: Question, gold: list[bool] | None, rng: random.Random) -> tuple[list[bool], str]:
         shares = self.settings
         how = rng.choices(
@@ -148,6 +157,8 @@ def prepare(model: RefragModel, settings: SftSettings) -> StageData:
         held_out, num_rows = replace(settings, seed=settings.seed + 1), min(settings.eval_rows, len(loaded.evaluation))
         evaluation = QuestionBatches(model, loaded.evaluation, held_out, num_items=-(-num_rows // settings.batch_size), num_rows=num_rows)
     counts = loaded.counts | count_losses(train.questions, model.tokenizer, train.builder, num_passages=settings.num_passages, max_answer_tokens=settings.max_answer_tokens)
+    longest = max(train.questions, key=lambda question: sum(len(passage.text) for passage in question.passages))
+    check_positions(model, train.most_slots(longest), f"--num-passages (row {longest.id})")
     logger.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items()))
     return StageData(train, evaluation, num_steps, counts, loaded.fingerprint)
 

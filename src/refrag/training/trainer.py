@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -132,7 +133,8 @@ class RefragTrainer(Trainer):
         if segments is not None:
             batch |= apart(segments)
         elif "layout" in batch and bool((batch["layout"].source[:, 0] != PADDING).all()):
-            batch |= {"attention_mask": None, "position_ids": None}
+            rows, width = batch["layout"].source.shape
+            batch |= {"attention_mask": None, "position_ids": torch.arange(width, device=labels.device).expand(rows, -1)}
         slots = predicting_slots(labels) if self._takes_slots else None
         batch |= {} if slots is None else {"logits_to_keep": slots}
         losses, correct = token_losses(model(**batch).logits, labels, slots)
@@ -226,18 +228,33 @@ class RefragTrainer(Trainer):
         context = sum(layout.context_tokens) if layout is not None else 0
         self._tokens += context + int((inputs["labels"] != -100).sum())
 
+    def gathered(self, value: Any) -> list[Any]:
+        """The value of every process."""
+        if self.args.world_size == 1:
+            return [value]
+        values = [None] * self.args.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for name, (loss, batches, right, asked) in self._tallies.items():
-            if name == "skipped":
-                logs["skipped_steps"] = batches
-                continue
+        """With what was counted since the last entry, on all processes."""
+        skipped = self._tallies.pop("skipped", None)  # every process skips the same steps
+        if skipped is not None:
+            logs["skipped_steps"] = skipped[1]
+        tallies: dict[str, list[float]] = {}
+        for own in self.gathered(self._tallies):
+            for name, tally in own.items():
+                tallies[name] = [before + more for before, more in zip(tallies.get(name, [0.0] * len(tally)), tally, strict=True)]
+        for name, (loss, batches, right, asked) in tallies.items():
             logs[f"{name}/loss"] = round(loss / batches, 4)
             if asked:
                 logs[f"{name}/exact_match"] = round(right / asked, 4)
         self._tallies.clear()
         if "loss" in logs:
             now = time.perf_counter()
-            logs |= {"tokens_per_s": round(self._tokens / max(now - self._since, 1e-9), 1), "peak_memory_bytes": peak_memory_bytes()}
+            counted = self.gathered((self._tokens, peak_memory_bytes()))
+            tokens, peak = sum(tokens for tokens, _ in counted), max(peak for _, peak in counted)
+            logs |= {"tokens_per_s": round(tokens / max(now - self._since, 1e-9), 1), "peak_memory_bytes": peak}
             self._tokens, self._since = 0, now
         super().log(logs, *args, **kwargs)
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 TPE_TRIALS = 20
 """Trials of the sampler tpe where no number is given."""
+EVALUATED = ("data", "eval_data", "eval_fraction", "eval_rows", "text_field", "short_documents", "chunk_size", "max_chunks", "output_tokens", "context_tokens", "num_passages", "max_answer_tokens")
+"""Settings that change what is evaluated: losses with other values cannot be compared."""
 FORM = "NAME=VALUE,VALUE or NAME=LOW..HIGH or NAME=LOW..HIGH/POINTS"
 
 
@@ -79,6 +81,8 @@ def parse_search(stage: str, search: Sequence[str]) -> list[Dimension]:
             raise InputError(f"--search takes {FORM}, was {text!r}: write for example  --search batch_size=4,8")
         if name in WITHOUT_EFFECT:
             raise InputError(f"{name} changes nothing that could be judged: search another setting.")
+        if name in EVALUATED or (stage == "policy" and name == "expand_fractions"):
+            raise InputError(f"{name} changes what is evaluated, so that results could not be compared: search another setting.")
         if name in found:
             raise InputError(f"{name} stands twice in --search: give all its values at once.")
         found[name] = _range(stage, name, spec) if ".." in spec else _values(stage, name, spec.split(","))
