@@ -106,6 +106,7 @@ def test_the_best_trial_keeps_its_weights_and_every_trial_its_log(settings: CptS
         def __call__(self, stage: str, settings: Any) -> dict[str, Any]:
             for name in ("model", "checkpoint-5"):
                 (settings.output_dir / name).mkdir(parents=True)
+            (settings.output_dir / "best").symlink_to("checkpoint-5")
             (settings.output_dir / "log.jsonl").write_text("{}\n")
             return super().__call__(stage, settings)
 
@@ -113,7 +114,7 @@ def test_the_best_trial_keeps_its_weights_and_every_trial_its_log(settings: CptS
     folders = [settings.output_dir / f"trial-{number}" for number in range(4)]
     assert [number for number, folder in enumerate(folders) if (folder / "model").exists() and (folder / "checkpoint-5").exists()] == left
     assert all((folder / "log.jsonl").exists() for folder in folders)
-    assert not any((folder / name).exists() for number, folder in enumerate(folders) if number not in left for name in ("model", "checkpoint-5"))
+    assert not any((folder / name).exists() for number, folder in enumerate(folders) if number not in left for name in ("model", "checkpoint-5")) and not any((folder / "best").is_symlink() for number, folder in enumerate(folders) if number not in left)
 
 
 def test_a_grid_runs_every_combination_in_its_own_folder(settings: CptSettings, tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..errors import InputError
-from .settings import LOG_FILE, MODEL_FOLDER, RESULT_FILE, SETTINGS_FILE, WITHOUT_EFFECT, TrainSettings, has_begun
+from .settings import BEST_LINK, LOG_FILE, MODEL_FOLDER, RESULT_FILE, SETTINGS_FILE, WITHOUT_EFFECT, TrainSettings, has_begun
 
 logger = logging.getLogger(__name__)
 
-BEST_LINK = "best"
 FINGERPRINT = "data_fingerprint"
 """Key in settings.json: what the data were when the run began."""
 LOCK_FILE = ".lock"

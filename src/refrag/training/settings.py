@@ -16,7 +16,7 @@ Curriculum = Literal["paper", "prototype", "none"]
 """`paper`: nine stages over 1, 2, 4 … 256 units with the mixture of the paper's Table 8; `prototype`: 1, 2, 4 chunks, a third of training each; `none`: the longest at once."""
 
 
-SETTINGS_FILE, LOG_FILE, RESULT_FILE, MODEL_FOLDER = "settings.json", "log.jsonl", "result.json", "model"
+SETTINGS_FILE, LOG_FILE, RESULT_FILE, MODEL_FOLDER, BEST_LINK = "settings.json", "log.jsonl", "result.json", "model", "best"
 """What the folder of a run holds, beside its checkpoints."""
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..config import check_whole
 from ..errors import InputError, MismatchError, MissingExtraError, NotFoundError, RefragError, missing_extra
 from .pipeline import RunStage, read_word, settings_values
-from .settings import WITHOUT_EFFECT, TrainSettings
+from .settings import BEST_LINK, MODEL_FOLDER, WITHOUT_EFFECT, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,8 @@ class _Tuning:
         best = self.study.best_trial.number if any(trial.value is not None for trial in over) else None
         for trial in over:
             if trial.number != best:
-                for weights in (self._folder(trial) / "model", *self._folder(trial).glob("checkpoint-*")):
+                (self._folder(trial) / BEST_LINK).unlink(missing_ok=True)
+                for weights in (self._folder(trial) / MODEL_FOLDER, *self._folder(trial).glob("checkpoint-*")):
                     shutil.rmtree(weights, ignore_errors=True)
 
     def best(self) -> dict[str, Any]:
