@@ -204,6 +204,14 @@ def test_ids_come_as_they_were_sent() -> None:
         assert decode(VllmBackend(VllmSettings(served.url)), settings=replace(GREEDY, max_new_tokens=2)) == ids[:2]
 
 
+def test_ids_that_the_decoder_does_not_have_are_another_decoders() -> None:
+    reply = 'data: {"choices":[{"token_ids":[2261],"finish_reason":null}]}\n\n'
+    with serving(Reply(reply)) as served:
+        engine = Refrag.from_pretrained("bundled", device="cpu", backend=VllmBackend(VllmSettings(served.url)))
+        with pytest.raises(MismatchError, match=r"Token ids must be below 2261, the server that decodes gave 2261: it serves another decoder, give it what  refrag export decoder  writes\."):
+            engine.answer(**RECORDING["asked"] | {"generation": GREEDY})
+
+
 def test_it_is_a_backend_that_says_whether_it_can_decode(monkeypatch) -> None:
     async def check(*urls: str) -> None:
         backend = VllmBackend(VllmSettings(urls, connect_timeout_s=0.2))

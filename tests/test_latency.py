@@ -240,6 +240,13 @@ def test_sizes_and_limits_by_hand(content: dict) -> None:
     assert systems["full"]["kv_bytes"] == 176 * content["workload"]["kv_bytes"] // 104
 
 
+def test_the_papers_policy_does_not_read_the_question() -> None:
+    made = latency.measure(LatencySettings(**SMALL, min_repeats=6, max_repeats=6, question_aware=False))
+    assert made["workload"]["policy"] == {"name": "learned", "learned": True, "question_encoder_tokens": 0}
+    with pytest.raises(InputError, match="A trained model has its own policy, --model bundled was given with --no-question-aware"):
+        LatencySettings(model="bundled", question_aware=False)
+
+
 def test_the_counted_bytes_are_those_of_the_cache(model: RefragModel, content: dict) -> None:
     slots = content["workload"]["prompt_slots"]
     with torch.no_grad():

@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from ..config import GenerationSettings
+from ..errors import MismatchError
 from ..layout import MixedInputs
 
 
@@ -40,6 +41,8 @@ class TextFeed:
     text: str = ""
     num_tokens: int = 0
     """Tokens decoded, the end-of-sequence token included."""
+    num_ids: int | None = None
+    """Token ids that the decoder has; None: not known."""
     finished: bool = False
     """An end-of-sequence token or a stop string came."""
     _ids: list[int] = field(default_factory=list)
@@ -48,9 +51,14 @@ class TextFeed:
     _settled: int = 0
 
     def push(self, token_id: int) -> None:
-        """Take the next token; tokens after the end are ignored (a finished row of a batch is padded)."""
+        """Take the next token; tokens after the end are ignored (a finished row of a batch is padded).
+
+        Raises MismatchError for an id that the decoder does not have: whoever decodes has another one.
+        """
         if self.finished:
             return
+        if self.num_ids is not None and not 0 <= token_id < self.num_ids:
+            raise MismatchError(f"Token ids must be below {self.num_ids}, the server that decodes gave {token_id}: it serves another decoder, give it what  refrag export decoder  writes.")
         self.num_tokens += 1
         if token_id in self.eos_ids:
             self.finished = True

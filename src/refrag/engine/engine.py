@@ -187,7 +187,7 @@ class Refrag:
         watch.start = watch.start if start is None else start
         with torch.inference_mode(), backend_errors(self.device):
             rows, layout, inputs = self._prepare(requests, watch)
-            feeds = [TextFeed(self.model.tokenizer, self.end_ids, request.generation.stop, sink) for request in requests]
+            feeds = [self._feed(request, sink) for request in requests]
             decode_start = time.perf_counter()
             clock = self._decode(
                 inputs,
@@ -212,7 +212,7 @@ class Refrag:
             rows, layout, inputs = self._prepare(requests, watch)
             embeds = [row[-slots:].clone() for row, slots in zip(inputs.inputs_embeds, layout.num_slots, strict=True)]  # left padded
         ready = time.perf_counter()
-        feeds = [TextFeed(self.model.tokenizer, self.end_ids, request.generation.stop) for request in requests]
+        feeds = [self._feed(request) for request in requests]
         return [Prepared(*parts, seconds=watch.seconds, ready=ready) for parts in zip(rows, embeds, self._usages(layout, rows), feeds, strict=True)]
 
     def _usages(self, layout: Layout, rows: Sequence[Row]) -> list[dict[str, int | float]]:
@@ -356,6 +356,11 @@ class Refrag:
         rule = policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
         by_passage = {id(passage): score for passage, score in found if score is not None}
         return Row(request, prompt, by_passage, mask.cpu(), scores.float().cpu(), rule)
+
+    def _feed(self, request: Request, sink: Sink | None = None) -> TextFeed:
+        """What takes the answer's token ids."""
+        num_ids = self.model.get_input_embeddings().num_embeddings
+        return TextFeed(self.model.tokenizer, self.end_ids, request.generation.stop, sink, num_ids=num_ids)
 
     def _question_embeds(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> list[Float[Tensor, "enc"] | None]:
         """The encoder's vector of each question whose policy looks at it, encoded together and each once."""

@@ -69,6 +69,8 @@ class Reading(Rounds):
     """Passages that share the context tokens."""
     policy: PolicyName = "learned"
     """Policy that scores the chunks; a shape has an untrained transformer policy of the real size."""
+    question_aware: bool = True
+    """A shape's policy reads the question too, with the encoder; the paper's does not. With --model its own policy is used."""
     expand_fraction: float = 0.0
     """Share of the chunks to expand. 0 still runs the policy, and leaves one slot a chunk."""
     index_passages: int = 64
@@ -87,6 +89,8 @@ class Reading(Rounds):
         if self.index_passages < self.num_passages:
             raise InputError(f"index_passages must be num_passages ({self.num_passages}) or more, was {self.index_passages}.")
         Budget(expand_fraction=self.expand_fraction)
+        if self.model is not None and not self.question_aware:
+            raise InputError(f"A trained model has its own policy, --model {self.model} was given with --no-question-aware: leave one of them out.")
 
     def _check_context(self, tokens: int, name: str) -> None:
         if tokens < 1 or tokens % self.num_passages:

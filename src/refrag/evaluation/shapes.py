@@ -59,7 +59,9 @@ def encoder_config(shape: EncoderShape) -> RobertaConfig:
     return RobertaConfig(**ENCODERS[shape], **vocabulary, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
-def random_refrag(decoder: DecoderShape, encoder: EncoderShape, *, chunk_size: int, dtype: torch.dtype, device: torch.device, seed: int) -> RefragModel:
+def random_refrag(
+    decoder: DecoderShape, encoder: EncoderShape, *, chunk_size: int, question_aware: bool = True, dtype: torch.dtype, device: torch.device, seed: int
+) -> RefragModel:
     """A RefragModel of real sizes with random weights, an untrained transformer policy, and tokenizers of its own, in eval mode."""
     torch.manual_seed(seed)
     words = vocabulary(seed)
@@ -69,7 +71,7 @@ def random_refrag(decoder: DecoderShape, encoder: EncoderShape, *, chunk_size: i
         encoder_tokenizer=word_tokenizer(words, ends=True),
         decoder_tokenizer=word_tokenizer(words),
         chunk_size=chunk_size,
-        policy={"trained": True},  # random like all the rest, but the engine may use it
+        policy={"trained": True, "question_aware": question_aware},  # random like all the rest, but the engine may use it
     )
     return model.to(device=device, dtype=dtype).eval()
 

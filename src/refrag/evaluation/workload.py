@@ -42,7 +42,9 @@ def _named_model(settings: Reading) -> RefragModel:
     device = resolve_device(settings.device)
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     logger.info("building %s with random weights", settings.shape)
-    return random_refrag(settings.shape, settings.encoder_shape, chunk_size=settings.chunk_size, dtype=dtype, device=device, seed=settings.seed)
+    return random_refrag(
+        settings.shape, settings.encoder_shape, chunk_size=settings.chunk_size, question_aware=settings.question_aware, dtype=dtype, device=device, seed=settings.seed
+    )
 
 
 @dataclass(frozen=True)
