@@ -186,6 +186,17 @@ def test_gold_passages_stay_and_all_are_shuffled():
     assert places == {0, 1, 2}
 
 
+def test_passages_may_keep_the_order_of_the_row(make_model):
+    import random
+
+    for seed in range(10):
+        passages, gold = choose_passages(question(), num_passages=4, rng=random.Random(seed), keep_order=True)
+        ids = [passage.id for passage in passages]
+        assert ids == sorted(ids) and len(ids) == 4 and gold == [identity == "p2" for identity in ids]
+    rows = QuestionBatches(make_model(), [question()], SftSettings(data=("a",), model="bundled", num_passages=6, keep_order=True), num_items=3)
+    assert all([passage.id for passage in rows._row(number)[0].passages] == [f"p{place}" for place in range(6)] for number in range(3))
+
+
 def test_citations_follow_the_passages_when_they_are_shuffled():
     from refrag.text import Turn
 

@@ -223,11 +223,13 @@ class CptSettings(DocumentSettings):
 
 @dataclass(frozen=True)
 class SftSettings(TrainSettings):
-    """Fine-tuning on questions with passages: loss on the answer only, passages shuffled, budgets drawn at random."""
+    """Fine-tuning on questions with passages: loss on the answer only, passages shuffled unless `keep_order`, budgets drawn at random."""
 
     learning_rate: float = 2e-5
     num_passages: int = 8
     """Passages per question: the gold ones, then distractors up to this number."""
+    keep_order: bool = False
+    """Leave the passages in the order of the row, for answers that follow it, such as summaries; else they are shuffled."""
     full_share: float = 0.1
     """Share of rows with every chunk expanded, so that plain RAG stays as good."""
     none_share: float = 0.3

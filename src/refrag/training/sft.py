@@ -1,4 +1,4 @@
-"""Stage 3, fine-tuning on questions with passages: gold ones and distractors, shuffled; random budgets; loss on the answer only."""
+"""Stage 3, fine-tuning on questions with passages: gold ones and distractors, shuffled or in their order; random budgets; loss on the answer only."""
 
 import logging
 import random
@@ -35,8 +35,8 @@ def answer_ids(tokenizer: Any, builder: PromptBuilder, answer: str, *, max_token
     return (builder.encode(text) + end)[:max_tokens]
 
 
-def choose_passages(question: Question, *, num_passages: int, rng: random.Random) -> tuple[list[Passage], list[bool] | None]:
-    """The gold passages and distractors up to `num_passages`, shuffled, and which of them are gold (None: not marked).
+def choose_passages(question: Question, *, num_passages: int, rng: random.Random, keep_order: bool = False) -> tuple[list[Passage], list[bool] | None]:
+    """The gold passages and distractors up to `num_passages`, shuffled unless `keep_order`, and which of them are gold (None: not marked).
 
     First come gold ones that hold an answer (any that do, where no gold one does), then gold ones; where none is marked, the rest keeps its order.
     """
@@ -49,7 +49,10 @@ def choose_passages(question: Question, *, num_passages: int, rng: random.Random
         unmarked = not any(own and held for own, held in zip(gold, holds, strict=True))  # then whatever holds an answer
         places.sort(key=lambda place: (not (holds[place] and (gold[place] or unmarked)), not gold[place]))
     chosen = places[:num_passages]
-    rng.shuffle(chosen)
+    if keep_order:
+        chosen.sort()
+    else:
+        rng.shuffle(chosen)
     marked = None if question.gold is None else [question.gold[place] for place in chosen]
     return [question.passages[place] for place in chosen], marked
 
@@ -106,7 +109,7 @@ class QuestionBatches(Dataset):
         epoch, place = divmod(row, len(self.questions))
         question = self.questions[int(self._order(epoch)[place])]
         rng = random.Random(f"sft-{self.settings.seed}-{row}")
-        passages, gold = choose_passages(question, num_passages=self.settings.num_passages, rng=rng)
+        passages, gold = choose_passages(question, num_passages=self.settings.num_passages, rng=rng, keep_order=self.settings.keep_order)
         prompt = self.builder.build(question.question, passages, system=question.system, history=question.history)
         mask, how = self._mask(prompt, question, gold, rng)
         answer = renumbered(question.answers[0], question, passages)
