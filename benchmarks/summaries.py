@@ -2,7 +2,7 @@
 
     python benchmarks/summaries.py --out results/summaries.json
 
-Held-out almanac documents of eight long passages (about 1,200 tokens); a summary has one sentence a passage: of the facts that the passage states, the one
+Held-out almanac documents of eight passages (about 600 tokens); a summary has one sentence a passage: of the facts that the passage states, the one
 whose relation comes first in the almanac's list. The bundled model learns that by `refrag train sft` on documents of the training names (skipped where done),
 and `refrag eval qa --rouge` compares, with the weights that came out: all passages as text, text cut to the slots of the compressed ones, and the passages compressed.
 """
@@ -33,13 +33,13 @@ class Arguments:
     """Model to train on."""
     runs: Path = Path("runs/summaries")
     """Folder of the documents and of the training."""
-    train_documents: int = 4000
+    train_documents: int = 2000
     num_documents: int = 1000
     """Held-out documents."""
     num_passages: int = 8
     """Passages a document."""
     num_steps: int = 500
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float = 3e-4
     systems: tuple[str, ...] = ("plain", "truncated", "truncated@0.1", "none", "learned@0.1", "no-passages")
     seed: int = 0
@@ -50,7 +50,7 @@ class Arguments:
 def documents(count: int, *, split: Split, num_passages: int, seed: int) -> Iterator[dict[str, Any]]:
     """Rows `{id, question, answers: [summary], passages}`, a pure function of the arguments."""
     for number in range(count):
-        case = make_case(f"summary-{seed}-{number}", split=split, num_passages=num_passages, length="long")
+        case = make_case(f"summary-{seed}-{number}", split=split, num_passages=num_passages)
         passages = [{"id": passage.id, "title": passage.title, "text": passage.text} for passage in case.passages]
         facts = {place: {question.relation: question.answer for question in case.questions if question.gold == (place,)} for place in range(len(passages))}
         summary = " ".join(sentence(passage.title, facts[place]) for place, passage in enumerate(case.passages))
