@@ -25,6 +25,7 @@ from refrag.cli import main
 from refrag.config import GenerationSettings, VllmSettings
 from refrag.engine import Refrag, VllmBackend
 from refrag.engine.backend import Backend
+from refrag.engine.limits import PromptTooLongError
 from refrag.engine.vllm import request_body
 from refrag.errors import BackendError, InputError, MismatchError, MissingExtraError, RefragError
 from refrag.evaluation.provenance import read_result
@@ -208,7 +209,7 @@ def test_ids_that_the_decoder_does_not_have_are_another_decoders() -> None:
     reply = 'data: {"choices":[{"token_ids":[2261],"finish_reason":null}]}\n\n'
     with serving(Reply(reply)) as served:
         engine = Refrag.from_pretrained("bundled", device="cpu", backend=VllmBackend(VllmSettings(served.url)))
-        with pytest.raises(MismatchError, match=r"Token ids must be below 2261, the server that decodes gave 2261: it serves another decoder, give it what  refrag export decoder  writes\."):
+        with pytest.raises(MismatchError, match=r"Token ids must be below 2261, the backend gave 2261: it has another decoder, start vLLM with what  refrag export decoder  writes\."):
             engine.answer(**RECORDING["asked"] | {"generation": GREEDY})
 
 
@@ -240,7 +241,7 @@ NOBODY = "check --vllm-url and the server's log, or start one with  vllm serve F
     [
         ("other_width", MismatchError, r"The vLLM server at A serves another decoder \(.*hidden_size 512.*hidden_size 256.*\): start it with  vllm serve FOLDER --enable-prompt-embeds  \(FOLDER by  refrag export decoder\)\."),
         ("other_model", BackendError, r"The vLLM server at A does not serve that \(HTTP 404: .*absent.*\): check --vllm-url and --vllm-model\."),
-        ("too_long", InputError, r"The prompt and its answer are too long for the vLLM server at A \(.*4096.*\): lower --top-k or --max-new-tokens, or start it with a larger --max-model-len\."),
+        ("too_long", PromptTooLongError, r"The prompt and its answer are too long for the vLLM server at A \(.*4096.*\): lower --top-k or --max-new-tokens, or start it with a larger --max-model-len\."),
         ("no_key", BackendError, r"The vLLM server at A refused the key \(HTTP 401: Unauthorized\): set VLLM_API_KEY to what it was started with as --api-key\."),
         ("no_embeds", BackendError, r"The vLLM server at A takes no prompt embeddings: start it again with --enable-prompt-embeds\."),
         ("died", BackendError, r"The vLLM server at A broke off after \d+ tokens \(.+\): ask again, its log may say why\."),
@@ -325,8 +326,24 @@ def test_a_setting_that_vllm_has_other_limits_for() -> None:
 
 def test_an_answer_that_its_server_cuts_short() -> None:
     with serving(recorded("cut_short")) as served:
-        said = failure(InputError, served.url)
+        said = failure(PromptTooLongError, served.url)
     assert said == "The prompt and its answer are too long for the vLLM server at A (it had room for 2 of 32 tokens): lower --top-k or --max-new-tokens, or start it with a larger --max-model-len."
+
+
+def event(*token_ids: int, reason: str | None = None) -> str:
+    return f"data: {json.dumps({'choices': [{'token_ids': token_ids, 'finish_reason': reason}]})}\n\n"
+
+
+@pytest.mark.parametrize("reply", [event(*[5] * 500), event(5) * 500, event(*[5] * 20) * 500 + event(5, reason="stop")])
+def test_a_server_that_decodes_too_much_is_cut_off(reply: str) -> None:
+    with serving(Reply(reply)) as served:
+        assert decode(VllmBackend(VllmSettings(served.url)), settings=replace(GREEDY, max_new_tokens=8)) == [5] * 8
+
+
+def test_events_without_tokens_are_no_sign_of_life() -> None:
+    with serving(Reply(event() * 3, stall=True)) as served:
+        said = failure(BackendError, served.url, first_token_timeout_s=0.3, token_timeout_s=60.0)
+    assert said.startswith("No vLLM server answered in time (A: no first token within 0.3 s)")
 
 
 def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch) -> None:

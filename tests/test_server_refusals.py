@@ -49,7 +49,10 @@ BAD: list[tuple[str, object, int, str]] = [
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "content"),
     (CHAT, ASK | {"max_completion_tokens": 3}, 400, "not both"),
     (CHAT, ASK | {"n": 2}, 400, "n: Input should be 1"),
-    (CHAT, ASK | {"tools": []}, 400, "tools: Extra inputs"),
+    (CHAT, ASK | {"tools": [{"type": "function"}]}, 400, "tools: List should have at most 0 items"),
+    (CHAT, ASK | {"functions": []}, 400, "functions: Extra inputs"),
+    (CHAT, ASK | {"stop": ["a"] * 17}, 400, "stop: List should have at most 16 items"),
+    (CHAT, ASK | {"where": ""}, 400, "where: Value error, the text is blank"),
     (CHAT, ASK | {"logprobs": True}, 400, "logprobs"),
     (CHAT, ASK | {"temperature": "1"}, 400, "temperature"),
     (CHAT, ASK | {"temperature": -1}, 400, "temperature"),
@@ -87,7 +90,7 @@ BAD: list[tuple[str, object, int, str]] = [
     (CHAT, ASK | {"where": "1=1) or (1=1"}, 400, "one condition"),
     (CHAT, ASK | {"where": "true /* and the rest"}, 400, "one condition"),
     (CHAT, ASK | {"logit_bias": {"1": 2.0}}, 400, "logit_bias: "),
-    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt: "),
+    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt: List should have at most 1 item"),
     ("/v1/completions", {"prompt": "a", "echo": True}, 400, "echo"),
     (ANSWER, {"question": QUESTION, "stream": True}, 400, "Extra inputs"),
     (ANSWER, {"question": 7}, 400, "question"),
@@ -95,6 +98,9 @@ BAD: list[tuple[str, object, int, str]] = [
     ("/v1/passages", {"passages": [{"id": "", "text": "a"}]}, 400, "id"),
     ("/v1/passages", {"passages": [{"id": "a", "text": "b"}, {"id": "a", "text": "c"}]}, 400, "two have the same"),
     ("/v1/passages", {"passages": [{"id": "a", "text": ""}]}, 400, "text"),
+    ("/v1/passages", {"passages": [{"id": "a", "text": " \n"}]}, 400, "passages.0.text: Value error, the text is blank"),
+    ("/v1/passages", {"passages": [{"id": "a", "text": "word " * 9000}]}, 400, "A passage may have at most 2048 tokens here, title included, 'a' has"),
+    ("/v1/passages", {"passages": [{"id": "b", "text": "a"}, {"id": "a", "text": "b", "title": "word " * 9000}]}, 400, "title included, 'a' has"),
     ("/v1/passages", b'{"passages": [{"id": "a", "text": "b", "metadata": {"c": ["\\ud800"]}}]}', 400, "half a character"),
     ("/v1/passages/search", {"question": " "}, 400, "was blank"),
     ("/v1/passages/search", {"question": "a", "top_k": 129}, 400, "at most 128"),
@@ -117,6 +123,29 @@ def test_every_bad_request_is_refused_in_one_sentence(served: Served, path: str,
 def test_where_an_error_is_without_the_parsers_words(served: Served) -> None:
     for body, place in ((b"{", None), (ASK | {"stop": [""]}, "stop.0"), (ASK | {"documents": [{"id": 1.5}]}, "documents.0.id"), (ASK | {"top_n": 1}, "top_n")):
         assert served.post(CHAT, body, headers={"Content-Type": "application/json"}).json()["error"]["param"] == place
+
+
+def test_what_changes_nothing_is_accepted(served: Served) -> None:
+    nothing = {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "top_logprobs": 0, "service_tier": "auto", "metadata": {}, "trace": None, "stop": None}
+    assert served.post(CHAT, ASK | nothing).json()["choices"] == served.post(CHAT, ASK).json()["choices"]
+    assert served.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "suffix": None, "best_of": 1, "logprobs": None}).status_code == 200
+    for path in ("/health", "/ready"):
+        assert httpx2.head(served.url + path).status_code == 200
+    assert served.get("/redoc").status_code == 404  # it would be loaded from elsewhere
+
+
+def test_errors_name_the_field_and_the_form(served: Served) -> None:
+    assert served.post(CHAT, ASK | {"max_tokens": 5000}).json()["error"]["param"] == "max_tokens"
+    said = httpx2.post(served.url + CHAT, content=b'{"messages": []}', headers={"Content-Type": "text/plain"}).json()["error"]["message"]
+    assert said == "The body must be JSON and say so: send the header  Content-Type: application/json"
+    said = served.post(CHAT, b"[" * 100_000, headers={"Content-Type": "application/json"}).json()["error"]["message"]
+    assert said == "The body must be JSON in UTF-8, not nested too deeply, and its numbers not too long."
+
+
+def test_the_smallest_temperatures_decode_greedily(served: Served) -> None:
+    ask = {"question": QUESTION, "max_tokens": 8}
+    greedy = served.post(ANSWER, ask).json()["text"]
+    assert [served.post(ANSWER, ask | {"temperature": own}).json()["text"] for own in (1e-6, 1e-38, 1e-300)] == [greedy] * 3
 
 
 def test_a_semicolon_in_a_filters_text_is_text(served: Served) -> None:
@@ -151,7 +180,7 @@ def test_the_clients_own_replies_go_back_as_history(served: Served) -> None:
         with pytest.raises(openai.NotFoundError, match="ask for 'tiny'"):
             client.models.retrieve("other")
         first = client.chat.completions.create(model="tiny", messages=ASK["messages"], max_tokens=3)
-        messages = [*ASK["messages"], first.choices[0].message.model_dump(), *ASK["messages"]]
+        messages = [*ASK["messages"], first.choices[0].message.model_dump() | {"tool_calls": []}, *ASK["messages"]]
         again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3, logit_bias={}, store=False)
         assert again.usage.prompt_tokens > first.usage.prompt_tokens
 

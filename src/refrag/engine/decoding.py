@@ -24,6 +24,9 @@ from ..config import GenerationSettings
 from ..errors import MismatchError
 from ..layout import MixedInputs
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it decoding is greedy, as in vLLM: logits divided by less would overflow."""
+
 
 @dataclass
 class TextFeed:
@@ -58,7 +61,7 @@ class TextFeed:
         if self.finished:
             return
         if self.num_ids is not None and not 0 <= token_id < self.num_ids:
-            raise MismatchError(f"Token ids must be below {self.num_ids}, the server that decodes gave {token_id}: it serves another decoder, give it what  refrag export decoder  writes.")
+            raise MismatchError(f"Token ids must be below {self.num_ids}, the backend gave {token_id}: it has another decoder, start vLLM with what  refrag export decoder  writes.")
         self.num_tokens += 1
         if token_id in self.eos_ids:
             self.finished = True
@@ -204,7 +207,7 @@ def processors(settings: GenerationSettings, seeds: Sequence[int]) -> LogitsProc
     chain = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature == 0:
+    if settings.temperature < LEAST_TEMPERATURE:
         return chain
     chain.append(TemperatureLogitsWarper(settings.temperature))
     if settings.top_k > 0:

@@ -54,8 +54,10 @@ def _fits(slots: int, request: Request, limit: int | None) -> bool:
 def _less(prompt: Prompt, request: Request, limit: int | None) -> str:
     """How this prompt could be made shorter: by the question, where that alone takes half of what there is, else by the passages."""
     longest = max((len(piece) for piece in prompt.pieces if not isinstance(piece, Chunk)), default=0)
-    if not prompt.passages or (limit is not None and 2 * longest > limit):
+    if not prompt.passages:
         return "shorten the question and the system text"
+    if limit is not None and 2 * longest > limit:
+        return "shorten the question, the system text or the titles"
     if len(prompt.passages) == 1:
         return "pass a shorter passage"
     return "lower --top-k" if request.passages is None else "pass fewer passages"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import GenerationSettings, VllmSettings
 from ..errors import BackendError, InputError, MismatchError, RefragError, missing_extra
+from .limits import PromptTooLongError
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,14 @@ class VllmBackend:
             try:
                 async with aclosing(self._stream(server, body)) as runs:
                     async for token_ids, ended in runs:
+                        if token_ids and given == settings.max_new_tokens:
+                            log.warning("The vLLM server at %s decodes more than the %d tokens that were asked for.", server.url, given)
+                            return
+                        token_ids = token_ids[: settings.max_new_tokens - given]
                         given, finish_reason = given + len(token_ids), ended
                         if token_ids:
                             yield token_ids
-                if finish_reason is None:
+                if finish_reason is None and given < settings.max_new_tokens:
                     raise _Failure("the connection was closed")
             except _Failure as failure:
                 server.failed_at = time.monotonic()
@@ -115,17 +120,20 @@ class VllmBackend:
 
     async def _stream(self, server: "_Server", body: bytes) -> AsyncGenerator[tuple[Sequence[int], str | None]]:
         """(token ids, finish reason) of each event of one request. Raises _Failure for what another try may mend."""
-        wait, what = self.settings.first_token_timeout_s, "first"
+        wait, what, now = self.settings.first_token_timeout_s, "first", asyncio.get_running_loop().time
+        until = now() + wait
         server.busy += 1
         try:
             async with aclosing(self._events(server.url, body)) as events:
                 while True:
-                    async with asyncio.timeout(wait):
+                    async with asyncio.timeout_at(until):
                         event = await anext(events, None)
                     if event is None:
                         return
                     yield event
-                    wait, what = self.settings.token_timeout_s, "further"
+                    if event[0]:
+                        wait, what = self.settings.token_timeout_s, "further"
+                        until = now() + wait
         except TimeoutError as error:
             raise _Failure(f"no {what} token within {wait:g} s", is_slow=True) from error
         except self._errors as error:
@@ -231,7 +239,7 @@ def _failure(url: str, status: int, content: bytes) -> "_Failure | RefragError":
 
 
 def _too_long(url: str, reason: str) -> InputError:
-    return InputError(f"The prompt and its answer are too long for the vLLM server at {url} ({reason}): lower --top-k or --max-new-tokens, or start it with a larger --max-model-len.")
+    return PromptTooLongError(f"The prompt and its answer are too long for the vLLM server at {url} ({reason}): lower --top-k or --max-new-tokens, or start it with a larger --max-model-len.")
 
 
 def _no_token(failures: Mapping[str, _Failure]) -> BackendError:

@@ -50,7 +50,7 @@ def create_app(
         yield
         await service.aclose()
 
-    app = FastAPI(title="refrag", version=__version__, lifespan=lifespan, default_response_class=JSONResponse)
+    app = FastAPI(title="refrag", version=__version__, lifespan=lifespan, redoc_url=None, default_response_class=JSONResponse)
     app.state.service = service
     routes = Routes(service, settings, model=settings.model_name or public_name(engine.model.name_or_path), tracer=tracer or Tracer())
     app.include_router(routes.router())
@@ -80,7 +80,9 @@ class Routes:
             ("/v1/passages/search", self.search, "POST"),
             ("/v1/passages/{identity:path}", self.passage, "GET"),
             ("/health", self.health, "GET"),
+            ("/health", self.health, "HEAD"),
             ("/ready", self.ready, "GET"),
+            ("/ready", self.ready, "HEAD"),
             ("/metrics", self.metrics, "GET"),
         ):
             more: dict[int | str, dict[str, Any]] = {404: errors[400], 403: errors[400]} if path.startswith("/v1") else {}
@@ -113,7 +115,7 @@ class Routes:
         name = "chat" if is_chat else "text_completion"
         if not body.stream:
             answer = await self._whole(request, http, name)
-            return JSONResponse(shape.whole(answer, trace=body.trace)) if answer else Response(status_code=GONE)
+            return JSONResponse(shape.whole(answer, trace=bool(body.trace))) if answer else Response(status_code=GONE)
         request = self._allowed(request)
         pieces = self._traced(request, http, name)
         try:
@@ -159,7 +161,7 @@ class Routes:
                 yield _event(describe(error)[1])
                 return
             assert isinstance(piece, Answer)
-            yield _event(shape.last(piece, trace=body.trace))
+            yield _event(shape.last(piece, trace=bool(body.trace)))
             if body.stream_options and body.stream_options.include_usage:
                 yield _event(shape.usage(piece))
             yield "data: [DONE]\n\n"
@@ -200,18 +202,31 @@ class Routes:
 
     # ── passages ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def add(self, body: AddRequest) -> Response:
+    async def add(self, body: AddRequest, http: Request) -> Response:
         """Adds passages, and replaces those whose id is there. Returns how many were added, updated, unchanged."""
         self._check_writable()
         passages = [Passage(own.id, own.text, own.title, own.metadata) for own in body.passages]
         if len({passage.id for passage in passages}) < len(passages):
             raise RefusedError(400, "Every passage needs an id of its own, two have the same: send each once.", code="invalid_value", param="passages")
-        return JSONResponse(await self.service.change(lambda index: index.add(passages)))
 
-    async def delete(self, body: DeleteRequest) -> Response:
+        def add(index: Any) -> dict[str, int]:
+            for passage in passages:
+                self._check_length(passage)
+            return index.add(passages)
+
+        changed = await unless_gone(http, self.service.change(add))
+        return JSONResponse(changed) if changed is not None else Response(status_code=GONE)
+
+    def _check_length(self, passage: Passage) -> None:
+        chunk, most = self.service.engine.builder.chunk, self.settings.max_passage_tokens
+        if (length := len(chunk(passage.text).token_ids) + len(chunk(passage.title or "").token_ids)) > most:
+            raise RefusedError(400, f"A passage may have at most {most} tokens here, title included, {passage.id!r} has {length}: split it.", code="invalid_value", param="passages")
+
+    async def delete(self, body: DeleteRequest, http: Request) -> Response:
         """Deletes passages by id. Returns how many there were."""
         self._check_writable()
-        return JSONResponse({"deleted": await self.service.change(lambda index: index.delete(body.ids))})
+        deleted = await unless_gone(http, self.service.change(lambda index: index.delete(body.ids)))
+        return JSONResponse({"deleted": deleted}) if deleted is not None else Response(status_code=GONE)
 
     async def search(self, body: SearchRequest) -> Response:
         """Passages for a question, best first."""

@@ -84,10 +84,12 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RefusedError):
         kinds = {401: "authentication_error", 403: "permission_error"}
         return error.status_code, error_body(error.detail, kind=kinds.get(error.status_code, "invalid_request_error"), code=error.code, param=error.param)
+    if isinstance(error, MismatchError) and "vLLM" in str(error):
+        error = BackendError(str(error))  # the operator's, not the client's
     for cls, status, kind, code in KINDS:
         if isinstance(error, cls):
-            message = for_clients(error) if isinstance(error, RefragError) else SENTENCES[cls]
-            return status, error_body(message, kind=kind, code=code)
+            message = for_clients(error) if isinstance(error, RefragError) else str(error) if cls is TimeoutError and str(error) else SENTENCES[cls]
+            return status, error_body(message, kind=kind, code=code, param=_field_of(message) if status == 400 else None)
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("A bug: %s\n%s", type(error).__name__, frames)
     return 500, error_body("The server failed, which is a bug: its log says where.", kind="server_error", code="internal_error")
@@ -99,7 +101,13 @@ def for_clients(error: RefragError) -> str:
     if "vLLM" not in message:
         return over_http(message)
     log.warning("%s", message)
-    return over_http(re.sub(r" at https?://\S+", "", message)) if isinstance(error, InputError) else "The engine that decodes cannot take this request now: try again later; the server's log says why."
+    message = re.sub(r" at https?://\S+|, or (check|start it with) [^,.:]*", "", message)
+    return over_http(message) if isinstance(error, InputError) else "The engine that decodes cannot take this request now: try again later; the server's log says why."
+
+
+def _field_of(message: str) -> str | None:
+    """The field that a message names first; those whose name is a word of English do not count."""
+    return next((word for word in re.findall(r"[a-z_]+", message) if "_" in word and word in FIELDS), None)
 
 
 def over_http(message: str) -> str:
@@ -120,21 +128,27 @@ def respond(error: Exception) -> JSONResponse:
 def add_handlers(app: FastAPI) -> None:
     """Every error leaves in OpenAI's shape."""
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(http: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        deepest = max(error.errors(), key=lambda own: len(own["loc"]))  # of the forms that a field may have, the one that fits best
+        deepest = max(error.errors(), key=lambda own: (len(own["loc"]), not own["type"].endswith("_type")))  # of the forms that a field may have, the one that fits best
         kind, path = deepest["type"], deepest["loc"][1:]
         known = [str(part) for part in path[:-1] if isinstance(part, int) or part in FIELDS]  # without pydantic's words for the form of a value
         last = [str(part) for part in path[-1:] if kind == "extra_forbidden" or isinstance(part, int) or part in FIELDS]
         place = "" if kind == "json_invalid" else ".".join(known + last)
-        body = error_body(f"{place or 'The body'}: {deepest['msg']}", kind="invalid_request_error", code=deepest["type"], param=place or None)
+        message = f"{place or 'The body'}: {deepest['msg']}"
+        if not place and "json" not in http.headers.get("content-type", ""):
+            message = "The body must be JSON and say so: send the header  Content-Type: application/json"
+        body = error_body(message, kind="invalid_request_error", code=deepest["type"], param=place or None)
         return JSONResponse(body, status_code=400)
 
     async def refused(_: Request, error: Exception) -> Response:
         if isinstance(error, RefusedError):
             return respond(error)
         assert isinstance(error, HTTPException)
-        body = error_body(str(error.detail), kind="invalid_request_error", code="not_found" if error.status_code == 404 else "invalid_request")
+        message = str(error.detail)
+        if message == "There was an error parsing the body":
+            message = "The body must be JSON in UTF-8, not nested too deeply, and its numbers not too long."
+        body = error_body(message, kind="invalid_request_error", code="not_found" if error.status_code == 404 else "invalid_request")
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     async def failed(_: Request, error: Exception) -> Response:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -43,7 +42,7 @@ class Metrics:
         self.expanded = counter("expanded_chunks", "Chunks read as tokens.")
         self.ended = counter("request_success", "Answers, by why they ended.", "finished_reason")
         self.failed = counter("request_failure", "Accepted requests without an answer, by kind of error.", "error")
-        self.refused = counter("requests_refused", "Requests turned away since the queue was full.")
+        self.refused = counter("requests_refused", "Requests and changes of the index turned away since the queue was full.")
         self.slots = histogram("prompt_slots", "Decoder slots of a prompt.", COUNTS)
         self.rate = histogram("compression_rate", "Context tokens ÷ context slots of a prompt.", RATES)
 
@@ -75,6 +74,8 @@ class Record:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self.start = time.perf_counter()
+        self.last: float | None = None
+        """When the last token came."""
 
     def begun(self) -> None:
         """It waits no longer."""
@@ -91,16 +92,19 @@ class Record:
         if usage["context_slots"]:
             metrics.rate.observe(usage["compression_rate"])
 
-    def answered(self, answer: Answer, *, start: float, stamps: Sequence[float]) -> None:
-        """The answer is whole; `stamps`: when each token came."""
-        metrics = self.metrics
-        metrics.generation_tokens.inc(answer.usage["completion_tokens"])
-        metrics.ended.labels(answer.finish_reason).inc()
-        metrics.whole.observe(answer.timings["total_s"])
-        if stamps:
-            metrics.first_token.observe(stamps[0] - start)
-        for before, after in pairwise(stamps):
-            metrics.token.observe(after - before)
+    def token(self, now: float) -> None:
+        """A token came, at `time.perf_counter()`: also of answers that will not be finished."""
+        self.metrics.generation_tokens.inc()
+        if self.last is None:
+            self.metrics.first_token.observe(now - self.start)
+        else:
+            self.metrics.token.observe(now - self.last)
+        self.last = now
+
+    def answered(self, answer: Answer) -> None:
+        """The answer is whole."""
+        self.metrics.ended.labels(answer.finish_reason).inc()
+        self.metrics.whole.observe(answer.timings["total_s"])
 
 
 class _Vectors:

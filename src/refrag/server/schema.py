@@ -23,7 +23,14 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text is blank")
+    return text
+
+
 Name = Annotated[str, AfterValidator(_encodable)]
+NotBlank = Annotated[str, AfterValidator(_not_blank)]
 
 
 class Body(BaseModel):
@@ -45,7 +52,7 @@ class StoredPassage(Body):
     """A passage to add to the index, or to put in place of the one with its id."""
 
     id: Text
-    text: Text
+    text: NotBlank
     title: str = ""
     metadata: dict[str, Any] = {}
 
@@ -68,7 +75,7 @@ class Message(Body):
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class StreamOptions(Body):
@@ -91,7 +98,7 @@ class Reading(Body):
     top_k: Number | None = None
     """Passages to retrieve."""
     mode: Mode | None = None
-    where: str | None = None
+    where: NotBlank | None = None
     policy: PolicyName | None = None
     expand_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     expand_chunks: Count | None = None
@@ -119,13 +126,15 @@ class OpenAIRequest(Reading, Decoding):
     """The served model's name."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    trace: bool = False
+    trace: bool | None = None
     """Return one entry a chunk: its text, score, and whether it was expanded."""
     n: Literal[1] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     user: str | None = None
 
 
@@ -136,6 +145,10 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: Number | None = None
     response_format: ResponseFormat | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(OpenAIRequest):
@@ -143,6 +156,9 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
     echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+    logprobs: None = None
 
 
 class AnswerRequest(Reading, Decoding):
@@ -171,4 +187,4 @@ class SearchRequest(Body):
     question: Text
     top_k: Number | None = None
     mode: Mode = "dense"
-    where: str | None = None
+    where: NotBlank | None = None

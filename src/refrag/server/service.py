@@ -3,9 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,9 +21,6 @@ from .metrics import Metrics, Record
 from .settings import ServerSettings
 
 log = logging.getLogger(__name__)
-
-MAX_WRITERS = 4
-"""Changes of the index that may wait for each other."""
 
 T = TypeVar("T")
 Future = asyncio.Future[Prepared]
@@ -62,7 +59,8 @@ class Service:
         """Accepted requests that are not over."""
         self._cut_off = False
         self._writing = asyncio.Lock()
-        self._writers = 0
+        self._changes: dict[asyncio.Task[Any], asyncio.Future[None]] = {}
+        """Changes of the index that wait or run, those whose client has gone included; what tells their readers that the server ends."""
 
     # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -131,11 +129,11 @@ class Service:
             async def decoded() -> tuple[Prepared, list[float]]:
                 prepared = await self._prepared(request, record)
                 record.prepared(prepared.usage)
-                return prepared, await self._decoded(prepared, request, sink)
+                return prepared, await self._decoded(prepared, request, record, sink)
 
             prepared, stamps = await self._in_place(decoded)
             answer = prepared.answer(start=start, stamps=stamps)
-            record.answered(answer, start=start, stamps=stamps)
+            record.answered(answer)
             return answer
 
     async def _in_place(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -205,7 +203,7 @@ class Service:
                 return [error]
             return [result for request in requests for result in self._prepare([request])]
 
-    async def _decoded(self, prepared: Prepared, request: Request, sink: Callable[[str], object]) -> list[float]:
+    async def _decoded(self, prepared: Prepared, request: Request, record: Record, sink: Callable[[str], object]) -> list[float]:
         """Feeds the tokens of the backend to the answer's text; returns when each came."""
         feed, stamps = prepared.feed, []
         feed.sink = sink
@@ -216,6 +214,7 @@ class Service:
                     if not feed.finished:
                         stamps.append(now)
                         feed.push(token_id)
+                        record.token(now)
                 if feed.finished:
                     break
         feed.close()
@@ -245,23 +244,39 @@ class Service:
         return await asyncio.to_thread(self.index.passages, list(dict.fromkeys(ids)))
 
     async def change(self, work: Callable[[Any], T]) -> T:
-        """Runs a change of the index, one at a time, in a thread of its own: answers go on meanwhile. Raises BusyError when too many wait."""
-        index = self.index
+        """Runs a change of the index, one at a time, in a thread of its own: answers go on meanwhile.
+
+        A change that waits ends with its reader; one that has begun goes on to its end. Raises BusyError when too many wait,
+        TimeoutError after `request_timeout_s`.
+        """
+        index, most = self.index, self.settings.max_changes
         if self.stopping:
             raise StoppingError
-        with self._as_writer():
+        if len(self._changes) >= most:
+            self.metrics.refused.inc()
+            raise BusyError(f"{most} changes of the index wait or run already: try again in a moment.")
+        has_begun = False
+
+        async def changed() -> T:
+            nonlocal has_begun
             async with self._writing:
+                has_begun = True
                 return await asyncio.to_thread(work, index)
 
-    @contextmanager
-    def _as_writer(self) -> Generator[None]:
-        if self._writers >= MAX_WRITERS:
-            raise BusyError(f"{self._writers} changes of the index wait already: try again in a moment.")
-        self._writers += 1
+        task = asyncio.create_task(changed(), name="refrag-change")
+        self._changes[task] = ending = asyncio.get_running_loop().create_future()
+        task.add_done_callback(self._changes.pop)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio logs what nobody was left to read
         try:
-            yield
+            await asyncio.wait({task, ending}, timeout=self.settings.request_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if ending.done():
+                raise StoppingError
+            raise TimeoutError("The change takes longer than this server waits" + (": it goes on, look for the passages later." if has_begun else ": try again later."))
         finally:
-            self._writers -= 1
+            if not has_begun:
+                task.cancel()
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -275,6 +290,9 @@ class Service:
         self.stopping = self._cut_off = True
         for task in self._asking:
             task.cancel()
+        for ending in self._changes.values():
+            if not ending.done():
+                ending.set_result(None)
 
     async def aclose(self) -> None:
         """Waits for nothing but the running forward; call it when the requests have ended."""

@@ -20,6 +20,10 @@ class ServerSettings:
     """Slots of key-value cache that running requests may reserve together: requests x (longest prompt + answer)."""
     max_body_bytes: int = 8 << 20
     """Largest request body, in bytes."""
+    max_passage_tokens: int = 2048
+    """Tokens of a passage that is added to the index, its title included."""
+    max_changes: int = 4
+    """Changes of the index that may run (one at a time) or wait; the next one gets 429."""
     max_documents: int = 128
     """Passages that one request may bring, those of its history included, or retrieve."""
     max_prompt_slots: int | None = None
@@ -46,7 +50,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Raises InputError for limits that allow nothing and for unknown policies."""
-        for name in ("max_running", "max_batch_slots", "max_body_bytes", "max_documents", "max_new_tokens", "default_new_tokens"):
+        for name in ("max_running", "max_batch_slots", "max_body_bytes", "max_passage_tokens", "max_changes", "max_documents", "max_new_tokens", "default_new_tokens"):
             check_whole(name, getattr(self, name), minimum=1)
         check_whole("max_waiting", self.max_waiting, minimum=0)
         if self.max_prompt_slots is not None:
