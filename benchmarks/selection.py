@@ -67,7 +67,7 @@ class Arguments:
     batch_size: int = 8
     learning_rate: float = 1e-3
     jobs: int = 1
-    """Trainings at a time, one thread each."""
+    """Trainings at a time, one thread each; later measurements at a time."""
     out: Path | None = None
     """JSON file for the result."""
 
@@ -203,17 +203,26 @@ def main() -> None:
     source = load_model(arguments.model, device="cpu", dtype="float32")
     names = train_all(arguments, source)
     items = items_of(source, list(evaluation_cases(arguments.num_questions)))
-    values = measure(source, items, FIXED, arguments.fractions) | measure(source, items, ("none", "all"), (0.0,))
-    if source.has_trained_policy:
-        own = measure(source, items, ("learned",), arguments.fractions)
-        values |= {key.replace("learned", "its own policy"): row for key, row in own.items()}
+
+    def measured(name: str) -> dict[str, dict[str, list[float]]]:
+        model = load_model(arguments.runs / name / "model", device="cpu", dtype="float32")
+        found = measure(model, items, ("learned",), arguments.fractions)
+        print(name, {key: row_of(own) for key, own in found.items()}, flush=True)
+        return found
+
+    own_threads = partial(torch.set_num_threads, max(1, torch.get_num_threads() // arguments.jobs))
+    with ThreadPoolExecutor(arguments.jobs, initializer=own_threads) as pool:  # torch lets other threads run
+        trained = pool.map(measured, names)
+        fixed = pool.submit(measure, source, items, FIXED, arguments.fractions)
+        ends = pool.submit(measure, source, items, ("none", "all"), (0.0,))
+        own = pool.submit(measure, source, items, ("learned",), arguments.fractions) if source.has_trained_policy else None
+        by_name = dict(zip(names, trained, strict=True))
+    values = fixed.result() | ends.result()
+    if own is not None:
+        values |= {key.replace("learned", "its own policy"): row for key, row in own.result().items()}
     seeds: dict[str, dict[str, Any]] = {}
     for arm in dict.fromkeys(name.rpartition("-")[0] for name in names):
-        runs = []
-        for seed in arguments.seeds:
-            model = load_model(arguments.runs / f"{arm}-{seed}" / "model", device="cpu", dtype="float32")
-            runs.append(measure(model, items, ("learned",), arguments.fractions))
-            print(arm, seed, {key: row_of(own) for key, own in runs[-1].items()}, flush=True)
+        runs = [by_name[f"{arm}-{seed}"] for seed in arguments.seeds]
         values |= {key.replace("learned", arm): own for key, own in mean_of_seeds(runs).items()}
         seeds[arm] = {str(seed): {key.replace("learned", arm): row_of(own) for key, own in run.items()} for seed, run in zip(arguments.seeds, runs, strict=True)}
     table = {key: row_of(own) for key, own in values.items()}

@@ -80,12 +80,26 @@ def test_public_sets_by_hand(row, expected):
         SQUAD | {"answers": {"text": [], "answer_start": []}},
         {"id": "s2", "question": "Why?", "context": "No.", "answers": [], "is_impossible": True},
         MUSIQUE | {"answerable": False, "answer": "", "answer_aliases": []},
+        MUSIQUE | {"answerable": False},  # it keeps the answer of the row it was made from
         {"question": "Why?", "passages": ["No."], "answers": [], "unanswerable": True},
     ],
 )
 def test_an_unanswerable_row_says_unknown(row):
     one = question_of(row, PLACE)
     assert not one.answerable and one.answers == ("unknown",) and not (one.passages[0].title == "Oslo" and any(one.gold))
+
+
+def test_the_hubs_copy_of_nq_is_read_and_null_annotations_have_no_answer():
+    tokens = ["<P>", "Ann", "won", "in", "1990", "</P>", "Bob", "lost"]
+    long, none = {"start_token": 0, "end_token": 6}, {"start_token": -1, "end_token": -1}
+    columns = {"long_answer": [long, none], "short_answers": [{"start_token": [1], "end_token": [2]}, {"start_token": [], "end_token": []}], "yes_no_answer": [-1, 1]}
+    hub = {"id": "5", "question": {"text": "who won"}, "document": {"title": "T", "tokens": {"token": tokens}}, "annotations": columns}
+    assert read(hub) == ("5", "who won", ["Ann", "yes"], [("", "Ann won in 1990")], [True], "")
+    null = {"long_answer": [none], "short_answers": [{"start_token": [], "end_token": []}], "yes_no_answer": [-1]}
+    simplified = {"example_id": 5, "question_text": "who won", "document_text": " ".join(tokens), "annotations": [{"long_answer": none, "short_answers": [], "yes_no_answer": "NONE"}]}
+    for row in (hub | {"annotations": null}, simplified):
+        one = question_of(row, PLACE, bare=True)
+        assert not one.answerable and one.answers == ("unknown",) and one.passages == ()
 
 
 def test_a_row_without_answers_is_refused_unless_it_is_marked():

@@ -124,6 +124,18 @@ def test_out_of_memory_marks_a_variant_and_keeps_what_was_measured(make_model):
     assert found["refrag"]["windows"] == 5 and found["refrag"]["problem"] is None
 
 
+def test_an_encoder_that_is_out_of_memory_leaves_what_needs_no_vectors(make_model):
+    model = make_model()
+
+    def refuse(module, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.encoder.register_forward_pre_hook(refuse, with_kwargs=True)
+    found = measure(model, documents(), settings(policies=("first",)))["variants"]
+    assert found["refrag"]["problem"] == "Out of memory after 0 windows"
+    assert found["full"]["windows"] == found["truncated"]["windows"] == 5 and found["full"]["problem"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

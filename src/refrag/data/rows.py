@@ -77,6 +77,7 @@ def question_of(row: Any, place: str, *, bare: bool = False) -> Question:
         row = _last_question(row, place)
     try:
         unanswerable, row = is_unanswerable(row), in_our_fields(row)
+        unanswerable = unanswerable or is_unanswerable(row)
     except (AttributeError, IndexError, KeyError, TypeError) as error:  # a public set's field with something else in it
         raise bad_row(place, f"a field has another shape than the formats that are read ({type(error).__name__} {error})") from error
     given = [] if bare and row.get("passages") is None else _list(row, "passages", place)

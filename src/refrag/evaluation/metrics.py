@@ -11,7 +11,8 @@ from ..errors import missing_extra
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_CITATIONS = re.compile(r"\[\s*\d+(\s*[,;]\s*\d+)*\s*\]")
+_CITATIONS = re.compile(r"\[\s*\d{1,3}(\s*[,;]\s*\d{1,3})*\s*\]")
+"""Numbers of passages; `[1945]` is a year."""
 
 ABSTENTIONS = frozenset(
     ("", "unknown", "unanswerable", "not answerable", "no answer", "noanswer", "i dont know", "i do not know", "not known", "none", "not enough information", "cannot answer")
@@ -38,8 +39,13 @@ def after_citations(text: str) -> str:
 
 
 def scored_text(text: str) -> str:
-    """The part of an answer that is scored: what follows its last citation, else all of it but its citations."""
-    return after_citations(text) or without_citations(text)
+    """The part of an answer that is scored: what follows its last citation where it begins with one, else all of it but its citations.
+
+    So `[2] Ann Torrel [3] 1742`, cited before each finding, is 1742, and `Oslo is the capital [1], in Norway.` is the whole sentence.
+    """
+    is_cited_first = _CITATIONS.match(text.lstrip()) is not None
+    last = after_citations(text) if is_cited_first else ""
+    return last if normalize(last) else without_citations(text)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -119,14 +125,18 @@ def abstains(prediction: str) -> bool:
     return normalize(prediction) in ABSTENTIONS
 
 
+def abstention_score(prediction: str, answers: Sequence[str]) -> float:
+    """What every metric gives for a question without an answer."""
+    return float(abstains(prediction) or bool(exact_match(prediction, answers)))
+
+
 def score_answer(prediction: str, answers: Sequence[str], *, answerable: bool = True) -> dict[str, float]:
     """All ANSWER_METRICS of one answer.
 
     As in SQuAD 2 a question without an answer scores 1 in all of them where the prediction abstains, or is the answer given for such a row.
     """
     if not answerable:
-        right = float(abstains(prediction) or bool(exact_match(prediction, answers)))
-        return dict.fromkeys(ANSWER_METRICS, right)
+        return dict.fromkeys(ANSWER_METRICS, abstention_score(prediction, answers))
     return {name: metric(prediction, answers) for name, metric in ANSWER_METRICS.items()}
 
 

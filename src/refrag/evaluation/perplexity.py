@@ -172,11 +172,13 @@ def _score_all(model: RefragModel, found: Sequence[Window], variants: Sequence[V
     size = max(1, min(settings.batch_size, MAX_LOGITS // (vocab * longest)))
     for start in range(0, len(found), size):
         batch = found[start : start + size]
-        vectors = model.encode([text for window in batch for text in window.context.chunk_texts()])
+        vectors: Tensor | None = None
         for variant in variants:
             if variant.problem:
                 continue
             try:
+                if variant.policy not in (None, "all") and vectors is None:
+                    vectors = model.encode([text for window in batch for text in window.context.chunk_texts()])
                 variant.nll += _score(model, batch, vectors, variant, settings, first=start)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -187,14 +189,15 @@ def _score_all(model: RefragModel, found: Sequence[Window], variants: Sequence[V
             progress("windows", start + len(batch), len(found))
 
 
-def _score(model: RefragModel, batch: Sequence[Window], vectors: Float[Tensor, "chunk enc"], variant: Variant, settings: PerplexitySettings, *, first: int) -> list[list[float]]:  # fmt: skip
+def _score(model: RefragModel, batch: Sequence[Window], vectors: Float[Tensor, "chunk enc"] | None, variant: Variant, settings: PerplexitySettings, *, first: int) -> list[list[float]]:  # fmt: skip
     """Per window the mean nats over its first o tokens, for each o."""
     contexts = [window.context for window in batch]
     outputs = [window.output for window in batch]
-    if variant.policy is None:
-        bare = [_last_tokens(prompt, variant.num_tokens) for prompt in contexts]
+    if variant.policy in (None, "all"):
+        bare = [_last_tokens(prompt, variant.num_tokens if variant.policy is None else prompt.num_context_tokens) for prompt in contexts]
         rows = token_nll(model, bare, [[]] * len(bare), outputs, None)
     else:
+        assert vectors is not None
         own = vectors.split([len(prompt.chunks) for prompt in contexts])
         masks = [_mask(model, prompt, part, variant, seed=settings.seed + first + number) for number, (prompt, part) in enumerate(zip(contexts, own, strict=True))]
         rows = token_nll(model, contexts, masks, outputs, vectors)

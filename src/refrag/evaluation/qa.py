@@ -17,7 +17,7 @@ from ..engine import Answer, Refrag, Request
 from ..errors import BackendError, InputError
 from ..text import Chunk
 from .child import is_out_of_memory
-from .metrics import ANSWER_METRICS, precision_recall, rouge, score_answer, scored_text
+from .metrics import ANSWER_METRICS, abstention_score, precision_recall, rouge, score_answer, scored_text
 from .provenance import result, write_result
 from .questions import Asked, draw_passages, evidence
 from .statistics import mean_interval, median_interval, paired_difference
@@ -64,7 +64,12 @@ def run(engine: Refrag, questions: Sequence[Any], settings: QaSettings, *, count
         score(outcomes[-1], asked, with_rouge=settings.rouge)
         values["systems"][system.name] = summarise(outcomes[-1], outcomes[0], asked, settings.seed)
         _written(values, settings)
-    time_systems(engine, asked, outcomes, settings, progress=progress)
+    try:
+        time_systems(engine, asked, outcomes, settings, progress=progress)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("Out of memory while the systems were timed: the times are those taken before.")
     for outcome in outcomes:
         values["systems"][outcome.system.name]["ttft_s"] = _times(outcome.ttft_s)
     if settings.answers_out is not None:
@@ -131,8 +136,11 @@ def score(outcome: Outcome, asked: Sequence[Asked], *, with_rouge: bool) -> None
             continue
         text, question = scored_text(answer.text), one.question
         scores = score_answer(text, question.answers, answerable=question.answerable)
-        outcome.scores.append(scores | (rouge(text, question.answers) if with_rouge else {}))
-        outcome.cited.append(precision_recall(answer.citations, one.gold))
+        if with_rouge:
+            overlaps = rouge(text, question.answers)
+            scores |= overlaps if question.answerable else dict.fromkeys(overlaps, abstention_score(text, question.answers))
+        outcome.scores.append(scores)
+        outcome.cited.append(precision_recall(answer.citations, one.gold & {passage["id"] for passage in answer.passages}))
         found = [entry["expanded"] for entry in evidence(answer.trace, one)] if outcome.system.kind == "policy" else []
         outcome.evidence.append(sum(found) / len(found) if found else None)
 
@@ -142,7 +150,11 @@ def time_systems(engine: Refrag, asked: Sequence[Asked], outcomes: Sequence[Outc
     able = [outcome for outcome in outcomes if not outcome.problem]
     chosen = random.Random(settings.seed).sample(range(len(asked)), min(settings.timed_requests, len(asked)))
     order = random.Random(settings.seed + 1)
+    encoding = next((outcome for outcome in able if not outcome.system.is_baseline), None)
     for done, place in enumerate(chosen):
+        if encoding is not None:  # vectors that are no longer in memory are computed before anybody is timed
+            request = request_of(encoding.system, asked[place], engine, settings, seed=settings.seed + place)
+            engine.answer(replace(request, generation=replace(request.generation, max_new_tokens=1)))
         for outcome in order.sample(able, len(able)):
             request = request_of(outcome.system, asked[place], engine, settings, seed=settings.seed + place)
             request = replace(request, generation=replace(request.generation, max_new_tokens=1))
@@ -172,6 +184,7 @@ def describe(engine: Refrag) -> dict[str, Any]:
     return {
         "model": {
             "name": portable_name(str(model.name_or_path)),
+            "fingerprint": model.fingerprint(),
             "chunk_size": model.config.chunk_size,
             "parameters": model.num_parameters(),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -277,9 +290,10 @@ def _beats(other: dict[str, Any], point: dict[str, Any], cost: str) -> bool:
 
 
 def comparisons(outcomes: Sequence[Outcome], systems: dict[str, dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Each policy against the best way without compression at its cost: `equal_slots` and `equal_ttft`.
+    """Each policy against the best way without compression that costs no more: `equal_slots` and `equal_ttft`.
 
-    The best is the one of the highest F1 among those that cost at most TOLERANCE more; so chance favours it, not the policy.
+    The best is the one of the highest F1 among those that cost at most TOLERANCE more; so chance favours it, not the policy. Both
+    costs are told (slots, seconds), since the best one measured may cost clearly less: then a system between the two is missing.
     """
     costs: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "equal_slots": lambda own: own["prompt_slots"],
@@ -295,7 +309,8 @@ def comparisons(outcomes: Sequence[Outcome], systems: dict[str, dict[str, Any]],
             if rivals:
                 best = max(rivals, key=lambda other: systems[other.system.name]["metrics"]["f1"]["mean"])
                 gaps = {metric: difference(outcome, best, metric, seed) for metric in ANSWER_METRICS}
-                found[name].append({"system": outcome.system.name, "against": best.system.name, **gaps})
+                costs_of = {"cost": mine, "cost_of_other": cost(systems[best.system.name])}
+                found[name].append({"system": outcome.system.name, "against": best.system.name, **costs_of, **gaps})
     return found
 
 

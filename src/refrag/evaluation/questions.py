@@ -10,11 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import IndexSettings
 from ..data.rows import Question, answer_spans, content_of, question_of
 from ..data.sources import find_sources
 from ..errors import InputError
-from ..index import Hit, PassageIndex
+from ..index import Hit, PassageIndex, SentenceEncoder
 from ..text import Passage
 from .tasks import Progress, QaSettings, QuestionSettings
 
@@ -28,7 +30,12 @@ class Asked:
     question: Question
     passages: tuple[Passage, ...]
     gold: frozenset[str]
-    """Ids of the passages among them that hold the answer: by the row's marks, else because an answer stands in them."""
+    """Ids of the passages read that hold the answer: by the row's marks, else because an answer stands in them, as of those of earlier turns."""
+
+    @property
+    def read(self) -> tuple[Passage, ...]:
+        """All passages of the prompt: those that earlier turns brought stand before."""
+        return (*_earlier(self.question), *self.passages)
 
 
 def read_questions(settings: QuestionSettings) -> tuple[list[Question], dict[str, int]]:
@@ -102,13 +109,21 @@ def draw_passages(questions: Sequence[Question], settings: QaSettings, index: Pa
     if index is None and not any(question.passages for question in questions):
         raise InputError("The rows have no passages to answer from: give --index FOLDER to retrieve them.")
     asked = []
+    encoder = SentenceEncoder(settings.sentence_encoder) if settings.rank else None
     for number, question in enumerate(questions):
         rng = random.Random(f"passages-{settings.seed}-{number}")
         passages = own_passages(question, settings, rng) if index is None else retrieved_passages(question, settings, index, rng)
-        asked.append(Asked(question, tuple(passages), frozenset(own.id for own in passages if is_gold(own, question))))
-        if progress is not None and index is not None:
+        passages = passages if encoder is None else ranked(passages, question, encoder)
+        gold = {own.id for own in passages if is_gold(own, question)}
+        gold |= {own.id for own in _earlier(question) if question.answerable and answer_spans(own.text, question.answers)}
+        asked.append(Asked(question, tuple(passages), frozenset(gold)))
+        if progress is not None and (index is not None or encoder is not None):
             progress("retrieving", number + 1, len(questions))
     return asked
+
+
+def _earlier(question: Question) -> list[Passage]:
+    return [own for turn in question.history for own in turn.passages if isinstance(own, Passage)]
 
 
 def own_passages(question: Question, settings: QaSettings, rng: random.Random) -> list[Passage]:
@@ -119,6 +134,14 @@ def own_passages(question: Question, settings: QaSettings, rng: random.Random) -
     else:
         chosen = sorted(places, key=lambda place: question.gold is not None and not question.gold[place])[: settings.num_passages]
     return _distinct(question.passages[place] for place in sorted(chosen))
+
+
+def ranked(passages: Sequence[Passage], question: Question, encoder: SentenceEncoder) -> list[Passage]:
+    """The passages by similarity to the question, the most similar first; equal ones keep their order."""
+    if not passages:
+        return []
+    scores = encoder.encode_passages(passages) @ encoder.encode_question(question.question)
+    return [passages[place] for place in np.argsort(-scores, kind="stable")]
 
 
 def _distinct(passages: Iterable[Passage]) -> list[Passage]:
@@ -173,7 +196,7 @@ def is_gold(passage: Passage, question: Question) -> bool:
 
 def evidence(entries: Sequence[dict[str, Any]], asked: Asked) -> Iterator[dict[str, Any]]:
     """The trace's entries whose chunk overlaps a place where an answer stands in a gold passage."""
-    spans = {passage.id: answer_spans(passage.text, asked.question.answers) for passage in asked.passages if passage.id in asked.gold}
+    spans = {passage.id: answer_spans(passage.text, asked.question.answers) for passage in asked.read if passage.id in asked.gold}
     for entry in entries:
         if any(entry["start"] < end and start < entry["end"] for start, end in spans.get(entry["passage_id"], ())):
             yield entry

@@ -31,7 +31,7 @@ class QuestionSettings:
     pool: bool = False
     """Retrieve from the passages of all rows together, in an index made for the run, instead of each row's own."""
     sentence_encoder: str = IndexSettings.retriever
-    """Sentence encoder of the pool's index; an --index has its own."""
+    """Sentence encoder of the pool's index and of --rank; an --index has its own."""
     skip_bad: bool = False
     """Leave out rows that cannot be used, and say how many, instead of stopping at the first."""
     seed: int = 0
@@ -70,6 +70,9 @@ class QaSettings(QuestionSettings):
     """Shares of the chunks to expand: every policy is run at each."""
     retriever: Literal["strong", "weak"] = "strong"
     """strong: the best passages; weak: the paper's random choice among the best `weak_depth`. Of a row's own passages strong keeps the gold ones."""
+    rank: bool = False
+    """Put each row's own passages in the order of their similarity to the question, by --sentence-encoder: what a search would have done.
+    Otherwise they keep the row's order, and systems that read only the first ones find the answer there by chance."""
     weak_depth: int = 200
     """Passages that the weak retriever draws from."""
     mode: Mode = "dense"
@@ -98,6 +101,8 @@ class QaSettings(QuestionSettings):
             check_whole(name, getattr(self, name), minimum=minimum)
         for fraction in self.expand_fractions:
             Budget(expand_fraction=fraction)
+        if self.rank and (self.index is not None or self.pool):
+            raise InputError("Retrieved passages come best first already: leave out --rank, or --index and --pool.")
         resolve_systems(self, has_trained_policy=True)
 
 

@@ -69,6 +69,7 @@ def view(content: Content) -> View:
 def latency(content: Content) -> View:
     """One context length."""
     work, limits = content["workload"], content.get("limits", {})
+    counted = {name: own["flops_counted"] for name, own in content["systems"].items() if own.get("flops_counted")}
     facts = {
         "context tokens": work["context_tokens"],
         "slots": f"{work['prompt_slots']:,} of {work['full_slots']:,}",
@@ -76,6 +77,7 @@ def latency(content: Content) -> View:
         "KV cache": mib(work["kv_bytes"]),
         "plain RAG ÷ REFRAG": _median(content, "full_over_cached"),
         "causal FLOPs allow": _two(limits.get("full_over_cached")),
+        "with the full square of attention": _two(counted["full"] / counted["cached"]) if {"full", "cached"} <= counted.keys() else None,
         "REFRAG ÷ bare decoder": _median(content, "cached_over_bare", 3),
         "decoder": f"{work['decoder']['parameters'] / 1e9:.2f} B, {work['dtype']}, {work['device']}",
     }
@@ -150,7 +152,7 @@ def _acceleration(points: Sequence[Content], size: int) -> Panel:
 def _paper(names: Sequence[str], size: int, points: Sequence[Content]) -> list[Series]:
     """The paper's curves over the lengths that were measured, and one beyond."""
     longest = 2 * max(point["context_tokens"] for point in points)
-    labels = {"ttft": "paper, cached", "ttft_uncached": "paper, not cached", "ttit": "paper"}
+    labels = {"ttft": "paper (7B, A100), cached", "ttft_uncached": "paper (7B, A100), not cached", "ttit": "paper (7B, A100)"}
     curves = []
     for place, name in enumerate(names):
         pairs = [(tokens, value) for tokens, value in zip(PAPER_TOKENS, PAPER[name].get(size, ()), strict=False) if tokens <= longest]
@@ -256,7 +258,24 @@ def quality(content: Content) -> View:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table("Systems", ("system", *map(title_of, columns)), [[name, *(row.get(column) for column in columns)] for name, row in zip(systems, rows, strict=True)])
     panels = [panel for cost, over, scale in (("ttft", "milliseconds to first token", 1e3), ("slots", "slots of the prompt", 1.0)) if (panel := _against(systems, cost, over, scale))]
-    return View("Answers", _facts(content), [table], panels, list(content.get("examples", [])))
+    return View("Answers", _facts(content), [table, *_differences(systems, content.get("comparisons", {}))], panels, list(content.get("examples", [])))
+
+
+def _differences(systems: Mapping[str, Content], comparisons: Content) -> list[Table]:
+    """Paired differences: to plain RAG over the same passages, and to the best way without compression that costs no more."""
+    metrics = ("exact_match", "f1", "match")
+    header = [*map(title_of, metrics)]
+
+    def gaps(own: Content) -> list[Cell]:
+        return [_with_interval(own[name]) if own.get(name) else None for name in metrics]
+
+    rows = [[name, *gaps(own["against_plain"])] for name, own in systems.items() if own.get("against_plain")]
+    tables = [Table("Less plain RAG, paired", ("system", *header), rows)] if rows else []
+    for key, cost, scale in (("equal_slots", "slots", 1), ("equal_ttft", "ms to the first token", 1000)):
+        pairs = [[own["system"], own["against"], *(scale * own[name] if own.get(name) else None for name in ("cost", "cost_of_other")), *gaps(own)] for own in comparisons.get(key, ())]
+        if pairs:
+            tables.append(Table(f"Less the best without compression that takes no more {cost}, paired", ("system", "against", cost, "of the other", *header), pairs))
+    return tables
 
 
 def cells(content: Content) -> View:
