@@ -205,14 +205,6 @@ def test_ids_come_as_they_were_sent() -> None:
         assert decode(VllmBackend(VllmSettings(served.url)), settings=replace(GREEDY, max_new_tokens=2)) == ids[:2]
 
 
-def test_ids_that_the_decoder_does_not_have_are_another_decoders() -> None:
-    reply = 'data: {"choices":[{"token_ids":[2261],"finish_reason":null}]}\n\n'
-    with serving(Reply(reply)) as served:
-        engine = Refrag.from_pretrained("bundled", device="cpu", backend=VllmBackend(VllmSettings(served.url)))
-        with pytest.raises(MismatchError, match=r"Token ids must be below 2261, the backend gave 2261: it has another decoder, start vLLM with what  refrag export decoder  writes\."):
-            engine.answer(**RECORDING["asked"] | {"generation": GREEDY})
-
-
 def test_it_is_a_backend_that_says_whether_it_can_decode(monkeypatch) -> None:
     async def check(*urls: str) -> None:
         backend = VllmBackend(VllmSettings(urls, connect_timeout_s=0.2))
@@ -332,18 +324,6 @@ def test_an_answer_that_its_server_cuts_short() -> None:
 
 def event(*token_ids: int, reason: str | None = None) -> str:
     return f"data: {json.dumps({'choices': [{'token_ids': token_ids, 'finish_reason': reason}]})}\n\n"
-
-
-@pytest.mark.parametrize("reply", [event(*[5] * 500), event(5) * 500, event(*[5] * 20) * 500 + event(5, reason="stop")])
-def test_a_server_that_decodes_too_much_is_cut_off(reply: str) -> None:
-    with serving(Reply(reply)) as served:
-        assert decode(VllmBackend(VllmSettings(served.url)), settings=replace(GREEDY, max_new_tokens=8)) == [5] * 8
-
-
-def test_events_without_tokens_are_no_sign_of_life() -> None:
-    with serving(Reply(event() * 3, stall=True)) as served:
-        said = failure(BackendError, served.url, first_token_timeout_s=0.3, token_timeout_s=60.0)
-    assert said.startswith("No vLLM server answered in time (A: no first token within 0.3 s)")
 
 
 def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch) -> None:

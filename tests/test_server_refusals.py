@@ -1,10 +1,13 @@
-"""What the server refuses: bad requests of every kind, each by one sentence in OpenAI's shape, and what keys, hosts and limits forbid."""
+"""What the server refuses and gives up: bad requests of every kind, each by one sentence in OpenAI's shape, and what keys, hosts and limits forbid."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
 import pytest
 from serving import Served, serving
-from test_server import ASK, CHAT, HARBOUR, LAMP, QUESTION, SETTINGS
+from test_server import ASK, CHAT, HARBOUR, LAMP, QUESTION, SETTINGS, endless, until, value
 
 from refrag import PassageIndex, Refrag
 from refrag.server import ServerSettings
@@ -248,3 +251,50 @@ def test_the_key_and_the_host_are_checked(engine: Refrag) -> None:
             openai.OpenAI(base_url=served.url + "/v1", api_key="wrong", max_retries=0).models.list()
         assert served.get("/health", headers={"Host": "evil.example:8000"}).status_code == 400
         assert served.get("/health", headers={"Host": "[::1]:8000"}).status_code == 200
+
+
+def test_changes_wait_in_a_short_queue_and_end_with_their_time(tiny_model, tmp_path, monkeypatch) -> None:
+    index = PassageIndex.create(tmp_path / "index", tiny_model)
+    open_now, add = threading.Event(), PassageIndex.add
+
+    def slow(self, passages):
+        assert open_now.wait(30)
+        return add(self, passages)
+
+    monkeypatch.setattr(PassageIndex, "add", slow)
+    settings = ServerSettings(model_name="tiny", allow_writes=True, max_changes=2, request_timeout_s=0.5, shutdown_s=0.5)
+    with serving(Refrag(tiny_model, index=index), settings) as served, ThreadPoolExecutor(3) as pool:
+
+        def put(identity: str):
+            return pool.submit(served.post, "/v1/passages", {"passages": [{"id": identity, "text": "A lamp."}]})
+
+        running = put("a")
+        until(lambda: len(served.service._changes) == 1)
+        waiting = put("b")
+        until(lambda: len(served.service._changes) == 2)
+        refused = served.post("/v1/passages", {"passages": [{"id": "c", "text": "A lamp."}]})
+        assert refused.status_code == 429 and refused.json()["error"]["message"] == "2 changes of the index wait or run already: try again in a moment."
+        assert value(served.get("/metrics").text, "requests_refused_total") == 1
+        assert [own.result().status_code for own in (running, waiting)] == [504, 504]
+        assert running.result().json()["error"]["message"] == "The change takes longer than this server waits: it goes on, look for the passages later."
+        assert waiting.result().json()["error"]["message"] == "The change takes longer than this server waits: try again later."
+        until(lambda: len(served.service._changes) == 1)  # who waited has left
+        open_now.set()
+        until(lambda: not served.service._changes)
+        assert index.count == 1
+        open_now.clear()
+        object.__setattr__(served.service.settings, "request_timeout_s", 60.0)
+        cut_off = put("d")
+        until(lambda: len(served.service._changes) == 1)
+        served.server.should_exit = True
+        assert cut_off.result().status_code == 503 and cut_off.result().json()["error"]["message"].startswith("The server is shutting down")
+        open_now.set()
+
+
+def test_tokens_of_answers_that_nobody_waits_for_are_counted(engine: Refrag) -> None:
+    with serving(engine, ServerSettings(model_name="tiny", request_timeout_s=0.3)) as served:
+        assert served.post(CHAT, endless()).status_code == 504
+        text = served.get("/metrics").text
+        assert value(text, "time_to_first_token_seconds_count") == 1 and value(text, "generation_tokens_total") > 1
+        assert value(text, "inter_token_latency_seconds_count") == value(text, "generation_tokens_total") - 1
+        assert value(text, "e2e_request_latency_seconds_count") == 0

@@ -1,17 +1,20 @@
 """The server over a vLLM server: what a client gets is what the decoder in this process would have said."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("httpx2")
 
 from serving import serving
-from test_engine_vllm import GREEDY, RECORDING, Reply, closed_url, event, recorded
+from test_engine_vllm import GREEDY, RECORDING, Reply, closed_url, decode, event, failure, recorded
 from test_engine_vllm import serving as replaying
 
 from refrag import Refrag, VllmBackend, VllmSettings
 from refrag.cli import main
 from refrag.engine.reader import load_reader
+from refrag.errors import BackendError, MismatchError
 
 ASKED = RECORDING["asked"]
 
@@ -55,6 +58,26 @@ def test_what_is_wrong_with_vllm_is_not_the_clients_fault(caplog) -> None:
         assert answered.status_code == status and answered.json()["error"]["code"] == code
         assert answered.json()["error"]["message"] == message
     assert f"the backend gave {10**30}" in caplog.text
+
+
+def test_ids_that_the_decoder_does_not_have_are_another_decoders() -> None:
+    reply = 'data: {"choices":[{"token_ids":[2261],"finish_reason":null}]}\n\n'
+    with replaying(Reply(reply)) as served:
+        engine = Refrag.from_pretrained("bundled", device="cpu", backend=VllmBackend(VllmSettings(served.url)))
+        with pytest.raises(MismatchError, match=r"Token ids must be below 2261, the backend gave 2261: it has another decoder, start vLLM with what  refrag export decoder  writes\."):
+            engine.answer(**RECORDING["asked"] | {"generation": GREEDY})
+
+
+@pytest.mark.parametrize("reply", [event(*[5] * 500), event(5) * 500, event(*[5] * 20) * 500 + event(5, reason="stop")])
+def test_a_server_that_decodes_too_much_is_cut_off(reply: str) -> None:
+    with replaying(Reply(reply)) as served:
+        assert decode(VllmBackend(VllmSettings(served.url)), settings=replace(GREEDY, max_new_tokens=8)) == [5] * 8
+
+
+def test_events_without_tokens_are_no_sign_of_life() -> None:
+    with replaying(Reply(event() * 3, stall=True)) as served:
+        said = failure(BackendError, served.url, first_token_timeout_s=0.3, token_timeout_s=60.0)
+    assert said.startswith("No vLLM server answered in time (A: no first token within 0.3 s)")
 
 
 def test_serve_refuses_before_the_model_is_loaded(capsys) -> None:
