@@ -204,9 +204,10 @@ def main() -> None:
     names = train_all(arguments, source)
     items = items_of(source, list(evaluation_cases(arguments.num_questions)))
 
+    models = {name: load_model(arguments.runs / name / "model", device="cpu", dtype="float32") for name in names}
+
     def measured(name: str) -> dict[str, dict[str, list[float]]]:
-        model = load_model(arguments.runs / name / "model", device="cpu", dtype="float32")
-        found = measure(model, items, ("learned",), arguments.fractions)
+        found = measure(models[name], items, ("learned",), arguments.fractions)
         print(name, {key: row_of(own) for key, own in found.items()}, flush=True)
         return found
 
