@@ -34,7 +34,7 @@ def long_passages() -> str:
     return (
         f"Passages of 90 to 150 words, the same weights with chunks of {content['model']['chunk_size']}: plain RAG {score['plain']:.3f} ({plain['prompt_slots']:,.0f} slots), none expanded "
         f"{score['none']:.3f} at a rate of {none['compression_rate']:.1f}, **learned policy {score['learned@0.028']:.3f} at {learned['compression_rate']:.1f}** ({learned['prompt_slots']:.0f} slots; {less['mean']:+.3f} "
-        f"[{less['low']:.3f}, {less['high']:.3f}] against plain RAG), truncation to its slots {score['truncated@0.028']:.3f}. "
+        f"[{less['low']:.3f}, {less['high']:.3f}] against plain RAG), truncation to its slots {score['truncated@0.028']:.3f} (of passages in random order). "
         "`refrag eval qa --data almanac-long --chunk-size 16 …` → `results/qa-almanac-long.json`"
     )
 
