@@ -87,6 +87,8 @@ def main() -> None:
         "--num-steps", arguments.num_steps, "--batch-size", arguments.batch_size, "--learning-rate", arguments.learning_rate, "--max-answer-tokens", 256, "--eval-rows", 40,
         "--save-every", 100, "--seed", arguments.seed, *SHARES,
     )  # fmt: skip
+    if not (arguments.runs / "sft" / "model").exists():
+        raise SystemExit("The training was stopped: the same command goes on with it.")
     refrag(
         "eval", "qa", "--model", arguments.runs / "sft" / "model", "--data", held_out, "--num-passages", arguments.num_passages, "--systems", *arguments.systems,
         "--rouge", "--max-new-tokens", 256, "--timed-requests", 0, "--num-examples", 1, "--seed", arguments.seed, "--out", arguments.out,
