@@ -1,7 +1,6 @@
 """Rules of the package that are worth a test: order of modules, cheap imports, sizes, and documents that agree with the code."""
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -105,19 +104,10 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
     assert "usage" in finished.stdout.lower()
 
 
-def _cpu_seconds(command: list[str]) -> float:
-    """User and system CPU time of one child process, which other processes on the machine do not lengthen much."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return usage.ru_utime + usage.ru_stime
-
-
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="CPU time of a child is read with wait4")
-def test_help_answers_in_half_a_second_of_cpu() -> None:
-    command = [sys.executable, "-c", "import sys; from refrag.cli import main; sys.argv[0] = 'refrag'; main()", "--help"]
-    assert min(_cpu_seconds(command) for _ in range(3)) < 0.5
+def test_help_loads_few_modules() -> None:
+    """400 when this was written; torch alone brings a thousand. How long that takes depends on the machine."""
+    finished = _run("import sys; from refrag.cli import main\ntry: main()\nexcept SystemExit: print(len(sys.modules), file=sys.stderr)", "--help")
+    assert int(finished.stderr.split()[-1]) < 550
 
 
 def test_public_names_exist_and_typos_do_not() -> None:
