@@ -238,7 +238,7 @@ def _failure(url: str, status: int, content: bytes) -> "_Failure | RefragError":
     return BackendError(f"The vLLM server at {url} refused the request ({reason}): check that --vllm-url is a vLLM server, and update it.")
 
 
-def _too_long(url: str, reason: str) -> InputError:
+def _too_long(url: str, reason: str) -> PromptTooLongError:
     return PromptTooLongError(f"The prompt and its answer are too long for the vLLM server at {url} ({reason}): lower --top-k or --max-new-tokens, or start it with a larger --max-model-len.")
 
 

@@ -150,17 +150,17 @@ def time_systems(engine: Refrag, asked: Sequence[Asked], outcomes: Sequence[Outc
     able = [outcome for outcome in outcomes if not outcome.problem]
     chosen = random.Random(settings.seed).sample(range(len(asked)), min(settings.timed_requests, len(asked)))
     order = random.Random(settings.seed + 1)
-    encoding = next((outcome for outcome in able if not outcome.system.is_baseline), None)
+
+    def first_token_s(outcome: Outcome, place: int) -> float:
+        request = request_of(outcome.system, asked[place], engine, settings, seed=settings.seed + place)
+        return engine.answer(replace(request, generation=replace(request.generation, max_new_tokens=1))).timings["ttft_s"]
+
+    encoding = [outcome for outcome in able if not outcome.system.is_baseline][:1]
     for done, place in enumerate(chosen):
-        if encoding is not None:  # vectors that are no longer in memory are computed before anybody is timed
-            request = request_of(encoding.system, asked[place], engine, settings, seed=settings.seed + place)
-            engine.answer(replace(request, generation=replace(request.generation, max_new_tokens=1)))
+        for outcome in encoding if done else able:  # vectors that are no longer in memory are computed before anybody is timed
+            first_token_s(outcome, place)
         for outcome in order.sample(able, len(able)):
-            request = request_of(outcome.system, asked[place], engine, settings, seed=settings.seed + place)
-            request = replace(request, generation=replace(request.generation, max_new_tokens=1))
-            if not done:
-                engine.answer(request)
-            outcome.ttft_s.append(engine.answer(request).timings["ttft_s"])
+            outcome.ttft_s.append(first_token_s(outcome, place))
         if progress is not None:
             progress("timing", done + 1, len(chosen))
 
