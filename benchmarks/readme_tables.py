@@ -21,7 +21,24 @@ def demo() -> list[str]:
         other = forms["splits"]["held-out-forms"][name]["exact_match"]
         lines.append(f"| {name} | {row['exact_match']:.3f} ({low:.3f}–{high:.3f}) | {kinds} | {other:.2f} | {row['prompt_slots']:.0f} | {row['compression_rate']:.2f} |")
     lines += ["", "`python benchmarks/almanac.py --splits held-out` → `results/almanac.json`; unseen forms: `--splits held-out-forms --num-questions 300` → `results/almanac-forms.json`"]
-    return [*lines, "", long_passages()]
+    return [*lines, "", ranked(), "", long_passages()]
+
+
+def ranked() -> str:
+    """The strongest plain rival: the passages most similar to the question first, as many as fit."""
+    content = json.loads((ROOT / "results" / "qa-almanac-ranked.json").read_text())
+    systems = content["systems"]
+    top, cut, learned = (systems[name] for name in ("plain-top2", "truncated@0.065", "learned@0.065"))
+    more = next(own["exact_match"] for own in content["comparisons"]["equal_slots"] if own["system"] == "learned@0.065")
+
+    def score(system: dict, kind: str | None = None) -> str:
+        return f"{system['by_kind'][kind]['exact_match']:.2f}" if kind else f"{system['metrics']['exact_match']['mean']:.3f}"
+
+    return (
+        f"At equal slots, the passages ranked by similarity to the question: plain RAG with the first two {score(top)} ({top['prompt_slots']:.0f} slots), truncation {score(cut)}, **learned policy {score(learned)}** "
+        f"({learned['prompt_slots']:.0f} slots; {more['mean']:+.3f} [{more['low']:.3f}, {more['high']:.3f}]). On one fact the three are {score(top, 'one-hop')}, {score(cut, 'one-hop')} and {score(learned, 'one-hop')}: what is gained is "
+        f"two hops, {score(top, 'two-hop')}, {score(cut, 'two-hop')} and {score(learned, 'two-hop')}. `refrag eval qa --data almanac --rank …` → `results/qa-almanac-ranked.json`"
+    )
 
 
 def long_passages() -> str:
