@@ -114,7 +114,7 @@ def test_training_in_words() -> None:
         (["train", "--context-tokens", "1000"], "--context-tokens must be whole chunks of 16, was 1000: try 992."),
         (["latency", "--out", "."], "out must name a file, . is a folder: try --out result.json."),
         (["index", "--out", f"{__file__}/x.json"], f"out must lie in a folder that can be written to, {__file__} is a file: choose another --out."),
-        (["train", "--max-repeats", "3"], "--max-repeats must be min_repeats (7) or more, was 3."),
+        (["train", "--max-repeats", "3"], "--max-repeats must be 7 or more, the least number of rounds, was 3."),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_budgets_that_hold(given: dict[str, Any]) -> None:
         (LatencySettings, {"context_tokens": 4097}, "divide evenly over num_passages, were 4097 and 8: try context_tokens 4096"),
         (LatencySettings, {"index_passages": 4}, r"index_passages must be num_passages \(8\) or more, was 4"),
         (LatencySettings, {"min_repeats": 5}, "min_repeats must be 6 or more"),
-        (LatencySettings, {"max_repeats": 6}, r"max_repeats must be min_repeats \(7\) or more, was 6"),
+        (LatencySettings, {"max_repeats": 6}, "max_repeats must be 7 or more, the least number of rounds, was 6"),
         (LatencySettings, {"tolerance": 0.0}, "tolerance must lie between 0 and 1"),
         (LatencySettings, {"expand_fraction": 2.0}, "expand_fraction must lie between 0 and 1"),
     ],

@@ -242,16 +242,25 @@ def test_a_hub_name_that_cannot_be_reached():
 
 
 def test_files_of_other_formats():
-    said = "a.csv: documents are read from .jsonl, .ndjson, .json, .parquet or .txt files, .gz and .zst too: convert it or give it its ending."
+    said = "a.csv: documents are read from .jsonl, .ndjson, .json, .parquet, .md, .markdown, .text or .txt files, .gz and .zst too: convert it or give it its ending."
     assert error_of(write("a.csv", "text\nOne.")) == said
     said = "a.txt: questions are read from .jsonl, .ndjson, .json or .parquet files, .gz and .zst too: convert it or give it its ending."
     assert error_of(write("a.txt", "One."), kind="questions") == said
 
 
+def test_markdown_is_text_but_beside_data_it_is_about_them():
+    write("notes/a.md", "# One\n\nTwo.")
+    write("notes/b.md", "Three.")
+    assert [row for _, row in read("notes")] == ["# One\n\nTwo.", "Three."]
+    write("notes/c.txt", "Four.")
+    assert [row for _, row in read("notes")] == ["Four."]
+    assert error_of("notes/a.md", kind="questions").startswith("notes/a.md: questions are read from")
+
+
 def test_folders_without_data():
     write("folder/a.csv", "text")
     assert error_of("folder") == (
-        "The folder folder must hold .jsonl, .ndjson, .json, .parquet or .txt files with documents or a saved data set, has neither: check the name."
+        "The folder folder must hold .jsonl, .ndjson, .json, .parquet, .md, .markdown, .text or .txt files with documents or a saved data set, has neither: convert what it holds, or name another."
     )
     assert error_of("folder:test", error=NotFoundError) == "No data 'folder:test' was found, folder is no saved data set with splits: check the name."
 

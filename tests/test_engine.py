@@ -362,7 +362,7 @@ def test_what_people_see(engine: Refrag) -> None:
         ({"passages": "one text"}, "passages must be a list of passages, was a str: put it between brackets, [] for none."),
         ({"passages": {"text": "one"}}, "passages must be a list of passages, was a dict"),
         ({"passages": Passage("a", "one")}, "passages must be a list of passages, was a Passage"),
-        ({"history": [{"role": "user", "content": "a"}]}, 'a mapping with "role" and "text", was the keys role, content'),
+        ({"history": [{"role": "user", "said": "a"}]}, 'a mapping with "role" and "text" (or "content"), was the keys role, said'),
         ({"expand_chunks": 2.5}, "expand_chunks must be a whole number, was 2.5."),
         ({"stop": ""}, "A stop string must hold at least one character"),
         ({"passages": None}, "There is nothing to retrieve from: pass passages=[…], or build the engine with index=… or retriever=…."),

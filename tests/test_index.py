@@ -238,6 +238,11 @@ def test_an_index_is_not_overwritten(tmp_path, index, tiny_model, settings):
     assert PassageIndex.open(index.path).count == 3
     rebuilt = PassageIndex.create(index.path, tiny_model, replace(settings, storage="int8"), rebuild=True)
     assert rebuilt.count == 0 and PassageIndex.open(index.path).settings.storage == "int8"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.md").write_text("x")
+    with pytest.raises(InputError, match=r"An index needs a folder of its own, .*notes holds other files: pass another --index"):
+        PassageIndex.create(tmp_path / "notes", tiny_model, settings)
+    assert [own.name for own in (tmp_path / "notes").iterdir()] == ["mine.md"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file, an index needs a folder"):
         PassageIndex.create(tmp_path / "file", tiny_model, settings)

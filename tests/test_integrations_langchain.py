@@ -10,7 +10,6 @@ pytest.importorskip("langchain_core")
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
-from pydantic import ValidationError
 
 from refrag.engine import Refrag
 from refrag.errors import InputError, NotFoundError
@@ -111,8 +110,22 @@ def test_messages_that_cannot_be_answered(chat, messages, said):
 def test_options_that_do_not_exist_are_refused(chat, almanac):
     with pytest.raises(InputError, match="There is no option 'expand'"):
         chat.bind(expand=0.2).invoke("What?")
-    with pytest.raises(ValidationError, match="There is no option 'top_kk'"):
+    with pytest.raises(InputError, match="There is no option 'top_kk'"):
         ChatRefrag(engine=almanac[0], options={"top_kk": 3})
+    with pytest.raises(InputError, match=r"There is no option 'expand_fracton' \(did you mean 'expand_fraction'\?\)"):
+        ChatRefrag(engine=almanac[0], expand_fracton=1.0)
+    with pytest.raises(InputError, match=r"engine must be a refrag\.Refrag or the name of its model, was NoneType"):
+        ChatRefrag(model="bundled")
+
+
+def test_options_by_name_hold_for_all_calls(almanac):
+    question, documents, _ = case(almanac)
+    by_name, by_dict = ChatRefrag(engine=almanac[0], policy="similarity", expand_fraction=1.0, max_tokens=4), ChatRefrag(engine=almanac[0], options={"expand_fraction": 1.0})
+    usage = by_name.bind(documents=documents).invoke(question).usage_metadata["input_token_details"]
+    assert usage == by_dict.bind(documents=documents).invoke(question).usage_metadata["input_token_details"]
+    assert usage["expanded_chunks"] == usage["num_chunks"]
+    assert by_name.options == {"policy": "similarity", "expand_fraction": 1.0} and by_name.max_tokens == 4
+    assert ChatRefrag(engine="bundled").bind(documents=documents).invoke(question).content
 
 
 def test_a_chain_of_prompt_and_chat(chat, almanac):

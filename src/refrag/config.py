@@ -3,10 +3,11 @@
 What travels with the weights (chunk size, pooling, shapes) is `refrag.model.RefragConfig`.
 """
 
+import inspect
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -34,6 +35,17 @@ def _check_number(name: str, value: Any) -> None:
     """Raises InputError unless `value` is a number; a switch is none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise InputError(f"{name} must be a number, was {value!r}.")
+
+
+def takes_one(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called with one argument, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature that can be read
+        return True
+    return True
 
 
 def check_whole(name: str, value: Any, *, minimum: int, maximum: int | None = None) -> None:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import cached_file
 
@@ -77,7 +78,8 @@ def read_config(config_class: Any, name: str, **download: Any) -> Any:
 
     Raises NotFoundError when there is none, MismatchError when it is another kind of model.
     """
-    _check_known(name, **download)
+    if (reason := why_unknown(name, **download)) is not None:
+        raise NotFoundError(f"No model {name!r} was found here or on the hub ({reason}): check --model.")
     try:
         found, _ = config_class.get_config_dict(name, **download)
     except (OSError, ValueError) as error:
@@ -90,21 +92,27 @@ def read_config(config_class: Any, name: str, **download: Any) -> Any:
     return config_class.from_dict(found)
 
 
-def _check_known(name: str, **download: Any) -> None:
-    """Raises NotFoundError for a name that is no folder, not in the cache, and not on the hub: one request, where
+def why_unknown(name: str, **download: Any) -> str | None:
+    """Why a name is no folder, not in the cache and not on the hub; None where it is one of them. One request, where
     transformers would try each of its own again and again."""
     access = {key: download[key] for key in ("revision", "cache_dir") if download.get(key)}
     if Path(name).exists() or download.get("subfolder"):
-        return
+        return None
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", **access), str):
-            return
+            return None
         if download.get("local_files_only"):
             raise FileNotFoundError("it is not in the cache")
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=download.get("revision")), token=download.get("token"))
     except Exception as error:  # the hub's client raises errors of several libraries
-        reason = "the hub cannot be reached" if "Connect" in type(error).__name__ else first_line(error)
-        raise NotFoundError(f"No model {name!r} was found here or on the hub ({reason}): check --model.") from error
+        return "the hub cannot be reached" if "Connect" in type(error).__name__ else first_line(error)
+    return None
+
+
+def check_part(part: str, source: Any, loading: Mapping[str, Any]) -> None:
+    """Raises NotFoundError for a name of an encoder or decoder that is nowhere; a module is not looked at."""
+    if isinstance(source, str) and (reason := why_unknown(source, **{key: loading[key] for key in DOWNLOAD_KWARGS if key in loading})) is not None:
+        raise NotFoundError(f"The {part} {source!r} could not be loaded ({reason}): check the name or the folder.")
 
 
 @contextmanager
@@ -346,6 +354,15 @@ def import_peft() -> Any:
 
 
 # ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_parts(model: Any) -> None:
+    """Raises InputError for a decoder whose tokens see those behind them, such as a BERT in its place, and as `check_tokenizers` does."""
+    config = model.decoder.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        name = model.config.decoder_name or type(model.decoder).__name__
+        raise InputError(f"The decoder must be a causal language model, {name!r} is a {config.model_type} model that reads both ways: the order is from_parts(encoder, decoder).")
+    check_tokenizers(model)
 
 
 def commit_of(name: str, revision: str | None) -> str | None:

@@ -70,7 +70,7 @@ class RefragConfig(PretrainedConfig):
             self._attn_implementation = kwargs["attn_implementation"]
         self.policy = POLICY_DEFAULTS | (self.policy or {})
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
-            raise InputError(f"chunk_size must be a whole number of 1 or more, was {self.chunk_size}: try 16.")
+            raise InputError(f"chunk_size must be a whole number of 1 or more, was {self.chunk_size!r}: try 16.")
         if self.chunk_sizes is not None and self.chunk_size not in self.chunk_sizes:
             raise InputError(f"chunk_size must be one of chunk_sizes, {self.chunk_sizes}, was {self.chunk_size}.")
         if self.pooling not in POOLINGS:
@@ -135,10 +135,9 @@ class RefragModel(PreTrainedModel, GenerationMixin):
         part_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> "RefragModel":
-        """A model around a pretrained encoder and decoder: names, folders, or modules.
+        """A model around a pretrained encoder and decoder: names, folders, or modules. Tokenizers of named parts are loaded with them.
 
-        Tokenizers of named parts are loaded with them. `part_kwargs` go to both parts' `from_pretrained` (dtype,
-        device_map, attn_implementation, …), `settings` to RefragConfig.
+        `part_kwargs` go to both parts' `from_pretrained` (dtype, device_map, attn_implementation, …), `settings` to RefragConfig.
         """
         encoder, encoder_tokenizer = _load_part("encoder", encoder, encoder_tokenizer, settings, part_kwargs or {})
         decoder, decoder_tokenizer = _load_part("decoder", decoder, decoder_tokenizer, settings, part_kwargs or {})
@@ -147,7 +146,7 @@ class RefragModel(PreTrainedModel, GenerationMixin):
         if model.policy is not None:
             model.policy.to(encoder.device)
         model.encoder_tokenizer, model.tokenizer = encoder_tokenizer, decoder_tokenizer
-        hub.check_tokenizers(model)
+        hub.check_parts(model)
         return model
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -395,6 +394,7 @@ def _without_pooler(encoder: Any) -> Any:
 def _load_part(part: str, source: Any, tokenizer: Any, settings: dict[str, Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """(module, tokenizer) of the encoder or decoder; the name and commit it came from are noted in `settings`."""
     source = str(source) if isinstance(source, os.PathLike) else source
+    hub.check_part(part, source, kwargs | {"revision": settings.get(f"{part}_revision")})
     name = source if isinstance(source, str) else getattr(source, "name_or_path", None)
     if name:
         settings.setdefault(f"{part}_name", name)

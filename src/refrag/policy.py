@@ -6,7 +6,7 @@ never over the budget and always tight.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -154,7 +154,13 @@ def decide(
     `none` expands nothing whatever the budget; `all` expands everything.
     Raises InputError for an unknown name, for `all` with a smaller budget, and as `select` does.
     """
-    scores = _policy(policy, learned)(inputs)
+    try:
+        scores = _policy(policy, learned)(inputs)
+    except (AttributeError, TypeError) as error:
+        if isinstance(policy, str):
+            raise
+        wanted = f"it gets one PolicyInputs ({', '.join(own.name for own in fields(PolicyInputs))}) and returns a score per chunk"
+        raise InputError(f"The policy's function failed ({type(error).__name__}: {first_line(error)}): {wanted}.") from error
     if not isinstance(scores, Tensor):
         scores = _as_scores(scores)
     if scores.shape != inputs.chunk_lengths.shape:

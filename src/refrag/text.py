@@ -43,6 +43,8 @@ class Passage:
             return cls(str(number), passage)
         if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
             given = f"the keys {', '.join(map(str, passage))}" if isinstance(passage, Mapping) else f"a {type(passage).__name__}"
+            if isinstance(passage, list | tuple):
+                raise InputError(f"Passage {number} must be a text or a mapping, was {given}: passages are read by every question, one with passages of its own is a Request(question, passages).")
             raise InputError(f'Passage {number} must be a text or a mapping with a string under "text", was {given}: pass {{"text": "…"}}.')
         known = {"id", "text", "title", "metadata"}
         described = passage.get("metadata") or {}

@@ -95,9 +95,11 @@ def _find(name: str, kind: Kind, streaming: bool) -> list[Source]:
 
 def _folder(folder: Path, kind: Kind) -> list[Source]:
     inside = sorted(path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    sources = [_file(path, kind) for path in inside if path.is_file() and _reader(path, kind)]
+    files = [path for path in inside if path.is_file() and _reader(path, kind)]
+    others = [path for path in files if not path.name.lower().endswith(MARKDOWN)]
+    sources = [_file(path, kind) for path in others or files]  # beside data a README is about them
     if not sources:
-        raise InputError(f"The folder {folder} must hold {_endings(kind)} files with {kind} or a saved data set, has neither: check the name.")
+        raise InputError(f"The folder {folder} must hold {_endings(kind)} files with {kind} or a saved data set, has neither: convert what it holds, or name another.")
     return sources
 
 
@@ -251,20 +253,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         yield place, bad_row(place, f"the file cannot be read from here ({first_line(error)})", "copy it again")
 
 
+MARKDOWN = (".md", ".markdown", ".md.gz", ".md.zst")
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
-    ".txt": _read_text,
+    **dict.fromkeys(TEXT_ENDINGS := (".md", ".markdown", ".text", ".txt"), _read_text),
 }
 
 
 def _reader(path: Path, kind: Kind) -> Callable[[Path], Iterator[tuple[str, Any]]] | None:
     ending = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
-    return None if kind == "questions" and ending == ".txt" else _READERS.get(ending)
+    return None if kind == "questions" and ending in TEXT_ENDINGS else _READERS.get(ending)
 
 
 def _endings(kind: Kind) -> str:
-    *most, last = (ending for ending in _READERS if kind == "documents" or ending != ".txt")
+    *most, last = (ending for ending in _READERS if kind == "documents" or ending not in TEXT_ENDINGS)
     return f"{', '.join(most)} or {last}"

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from itertools import groupby
 from typing import Any, Literal, TypedDict, get_args
 
-from ..config import MAX_TOP_K, POLICIES, Budget, GenerationSettings, check_whole
+from ..config import MAX_TOP_K, POLICIES, Budget, GenerationSettings, check_whole, takes_one
 from ..errors import InputError
 from ..text import Passage, Turn
 
@@ -68,7 +68,7 @@ class Request:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     system: str | None = None
     history: Sequence[Turn | Mapping[str, Any]] = ()
-    """Earlier turns, oldest first: Turns, or mappings with `role` and `text`; their passages are compressed too."""
+    """Earlier turns, oldest first: Turns, or mappings with `role` and `text` (or `content`, as in chat messages); their passages are compressed too."""
     passages_first: bool = True
     mode: SearchMode = "dense"
     where: str | None = None
@@ -97,8 +97,8 @@ class Request:
             raise InputError("The policy 'none' expands nothing, but a budget to expand was given: leave it out, or choose another policy.")
         if self.mode not in get_args(SearchMode):
             raise InputError(f"mode must be one of {', '.join(get_args(SearchMode))}, was {self.mode!r}.")
-        if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):
-            raise InputError(f"The policy must be a name or a function that scores chunks, was {_kind(self.policy)}: choose one of {', '.join(POLICIES)}.")
+        if self.policy is not None and not isinstance(self.policy, str) and not (callable(self.policy) and takes_one(self.policy)):
+            raise InputError(f"The policy must be a name or a function of one argument, from PolicyInputs to scores, was {_kind(self.policy)}: choose one of {', '.join(POLICIES)}.")
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise InputError(f"There is no policy {self.policy!r}{_nearest(self.policy, POLICIES)}: choose one of {', '.join(POLICIES)}.")
 
@@ -156,9 +156,11 @@ def _turn(turn: Any) -> Turn:
     """A Turn, or the Turn that a mapping describes."""
     if isinstance(turn, Turn):
         return turn
+    if isinstance(turn, Mapping) and "content" in turn and "text" not in turn:  # as in the messages of a chat
+        turn = {"text" if key == "content" else key: value for key, value in turn.items()}
     if not isinstance(turn, Mapping) or not {"role", "text"} <= turn.keys() <= {"role", "text", "passages"}:
         given = f"the keys {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else _kind(turn)
-        raise InputError(f'A turn of the history must be a Turn or a mapping with "role" and "text", was {given}: pass {{"role": "user", "text": "…"}}.')
+        raise InputError(f'A turn of the history must be a Turn or a mapping with "role" and "text" (or "content"), was {given}: pass {{"role": "user", "text": "…"}}.')
     if not isinstance(turn["text"], str):
         raise InputError(f"The text of a turn must be a text, was {_kind(turn['text'])}.")
     return Turn(turn["role"], turn["text"], tuple(passage_list(turn.get("passages", ()), "The passages of a turn")))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import BUNDLED_MODEL, check_whole
+from ..config import BUNDLED_MODEL, check_whole, takes_one
 from ..encoder import encoder_window, tokenize_texts
 from ..errors import InputError
 from ..index.retrieve import Hit
@@ -86,8 +86,8 @@ class Refrag:
             raise InputError(f"The model must be a RefragModel, was {model!r}: load one with Refrag.from_pretrained(name).")
         if reranker is not None and not isinstance(reranker, str) and not callable(reranker):
             raise InputError(f"reranker must be a name or a function (question, passages) -> scores, was {reranker!r}.")
-        if retriever is not None and not callable(retriever):
-            raise InputError(f"retriever must be a function from a question to passages, was {retriever!r}.")
+        if retriever is not None and not (callable(retriever) and takes_one(retriever)):
+            raise InputError(f"retriever must be a function of one argument, from a question to passages, was {retriever!r}.")
         check_whole("cache_chunks", cache_chunks, minimum=0)
         if model.tokenizer is None or model.encoder_tokenizer is None:
             missing = "decoder" if model.tokenizer is None else "encoder"

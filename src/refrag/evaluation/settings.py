@@ -37,7 +37,7 @@ class Rounds:
         if self.min_repeats < 6:  # fewer rounds have no 95 % interval of a median
             raise InputError(f"min_repeats must be 6 or more for an interval of the median, was {self.min_repeats}.")
         if self.max_repeats < self.min_repeats:
-            raise InputError(f"max_repeats must be min_repeats ({self.min_repeats}) or more, was {self.max_repeats}.")
+            raise InputError(f"max_repeats must be {self.min_repeats} or more, the least number of rounds, was {self.max_repeats}.")
         if not 0 < self.tolerance < 1:
             raise InputError(f"tolerance must lie between 0 and 1, was {self.tolerance}: try 0.02.")
         if self.threads is not None:

@@ -79,7 +79,7 @@ class Workload:
         if (least := uncompressed("?")) > settings.question_tokens:
             raise InputError(
                 f"question_tokens must hold the template and the numbers of {settings.num_passages} passages, {least} tokens, "
-                f"was {settings.question_tokens}: try {least + 32}, or a smaller num_passages."
+                f"was {settings.question_tokens}: try {least + 32}, or fewer passages."
             )
         return cls(passages, compose(words, settings.question_tokens, rng, uncompressed))
 

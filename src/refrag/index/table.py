@@ -58,6 +58,11 @@ def table_schema(manifest: Manifest, retrieval_width: int) -> pa.Schema:
     return pa.schema(fields, metadata={MANIFEST_KEY: manifest.to_json().encode()})
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether a local folder is not there, or holds nothing but hidden files and tables of Lance."""
+    return not folder.is_dir() or all(own.name.startswith(".") or own.suffix == ".lance" for own in folder.iterdir())
+
+
 def is_remote(path: str) -> bool:
     """An object store's address, such as s3://bucket/index."""
     return "://" in path
@@ -97,6 +102,8 @@ class PassageTable:
         """A new, empty table with its indexes, in place of one that is there only if `replace`. Raises InputError where no folder can be."""
         if not is_remote(path) and Path(path).exists() and not Path(path).is_dir():
             raise InputError(f"{path} is a file, an index needs a folder: pass another --index.")
+        if name == TABLE and not is_remote(path) and not _is_free(Path(path)):
+            raise InputError(f"An index needs a folder of its own, {path} holds other files: pass another --index.")
         with plain_errors(path):
             try:
                 lance = _connect(path).create_table(name, schema=schema, mode="overwrite" if replace else "create")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import public_name
-from ..engine import Answer, Request
+from ..engine import Answer, Refrag, Request
 from ..errors import InputError, missing_extra
 from ..index import PassageIndex
 from ..text import Passage, Turn
@@ -23,26 +23,33 @@ except ImportError as error:
     raise missing_extra("langchain-core", "langchain", "The LangChain adapter") from error
 
 
+ALIASES = {own.alias for own in BaseChatModel.model_fields.values() if own.alias}
+"""Other names of LangChain's own settings."""
+
+
 class ChatRefrag(BaseChatModel):
     """Answers the last human message; earlier turns are history, system messages the system text.
 
-    `chat.bind(documents=[…])` gives it the documents to read (LangChain's, or anything that `Refrag.answer` takes as a passage).
-    Without them the engine retrieves; an engine without index and retriever answers from the messages alone. Every option of
-    `Refrag.answer` can be bound too: `chat.bind(policy="similarity", expand_fraction=0.2)`.
+    `ChatRefrag(engine=engine, policy="similarity")`: every option of `Refrag.answer` can be given, for all calls here and by `chat.bind` for some. `chat.bind(documents=[…])` gives it the documents to read (LangChain's, or anything that `Refrag.answer` takes as a passage).
+    Without them the engine retrieves; an engine without index and retriever answers from the messages alone.
     """
 
     engine: Any = Field(exclude=True)
-    """The `refrag.Refrag` that answers."""
+    """The `refrag.Refrag` that answers, or what `Refrag.from_pretrained` loads it by."""
     temperature: float = 0.0
     max_tokens: int = 64
     stop: list[str] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of `Refrag.answer` for every call."""
 
-    @field_validator("options")
-    @classmethod
-    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return check_options(options)
+    def __init__(self, engine: Any = None, **values: Any) -> None:
+        """Raises InputError for an engine that is none and for options that `Refrag.answer` does not have or take."""
+        engine = Refrag.from_pretrained(engine) if isinstance(engine, str | Path) else engine
+        if not isinstance(engine, Refrag):
+            raise InputError(f"engine must be a refrag.Refrag or the name of its model, was {type(engine).__name__}: write  ChatRefrag(engine=Refrag.from_pretrained(…)).")
+        loose = {name: values.pop(name) for name in [*values] if name not in type(self).model_fields and name not in ALIASES}
+        values["options"] = check_options(values.get("options", {}) | loose)
+        super().__init__(engine=engine, **values)
 
     @property
     def model_name(self) -> str:

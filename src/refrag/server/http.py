@@ -6,7 +6,8 @@ import json
 import logging
 import re
 import traceback
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -42,6 +43,9 @@ KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
 
 FIELDS = frozenset(name for own in vars(schema).values() if isinstance(own, type) and issubclass(own, schema.Body) for name in own.model_fields)
 """Names that a body's fields have."""
+
+OTHER_NAMES = {"passages": "documents", "context": "documents", "max_new_tokens": "max_tokens"}
+"""What Python and others call a field."""
 
 SENTENCES: dict[type[Exception], str] = {
     TimeoutError: "The request took too long: ask for a shorter answer, or try again later.",
@@ -135,7 +139,7 @@ def add_handlers(app: FastAPI) -> None:
         known = [str(part) for part in path[:-1] if isinstance(part, int) or part in FIELDS]  # without pydantic's words for the form of a value
         last = [str(part) for part in path[-1:] if kind == "extra_forbidden" or isinstance(part, int) or part in FIELDS]
         place = "" if kind == "json_invalid" else ".".join(known + last)
-        message = f"{place or 'The body'}: {deepest['msg']}"
+        message = f"{place or 'The body'}: {_problem(deepest)}"
         if not place and "json" not in http.headers.get("content-type", ""):
             message = "The body must be JSON and say so: send the header  Content-Type: application/json"
         body = error_body(message, kind="invalid_request_error", code=deepest["type"], param=place or None)
@@ -158,6 +162,25 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, refused)
     for cls in (RefragError, TimeoutError):
         app.add_exception_handler(cls, failed)
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words: what must hold, what was given, what to do."""
+    kind, name, given = error["type"], str(error["loc"][-1]), _shown(error.get("input"))
+    if kind == "extra_forbidden":
+        meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, FIELDS, n=1, cutoff=0.8)), None)
+        return "there is no such field" + (f" (did you mean {meant!r}?)" if meant else "") + ": leave it out"
+    if name in schema.UNSUPPORTED and kind != "missing":
+        return f"this is not supported here, was {given}: leave it out"
+    return error["msg"] + ("" if kind in ("missing", "json_invalid", "value_error") else f", was {given}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    if not isinstance(value, str | int | float | None):
+        return f"a list of {len(value)}" if isinstance(value, list) else "an object" if isinstance(value, dict) else "something else"
+    shown = dumps(value)
+    return shown if len(shown) <= 60 else f"{shown[:50]}… ({len(shown)} characters)"
 
 
 async def unless_gone(http: Request, work: Awaitable[T]) -> T | None:

@@ -138,6 +138,12 @@ class OpenAIRequest(Reading, Decoding):
     user: str | None = None
 
 
+UNSUPPORTED = frozenset(
+    ("n", "presence_penalty", "frequency_penalty", "logit_bias", "store", "logprobs", "top_logprobs", "tools", "echo", "suffix", "best_of", "refusal", "annotations", "audio", "function_call", "tool_calls")
+)
+"""Fields of OpenAI's that are accepted with the value that changes nothing."""
+
+
 class ChatRequest(OpenAIRequest):
     """`POST /v1/chat/completions`: the last message is the question."""
 

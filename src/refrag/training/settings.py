@@ -128,7 +128,7 @@ class TrainSettings:
         if not 0 <= self.warmup < math.inf:
             raise InputError(f"warmup must be 0 or more, was {self.warmup}: try 0.04.")
         if (self.num_steps is not None and self.num_steps < 1) or not 0 < self.num_epochs < math.inf:
-            raise InputError(f"A run must take one optimizer step or more, num_steps was {self.num_steps} and num_epochs {self.num_epochs}: raise it.")
+            raise InputError(f"A run must take one optimizer step or more, num_steps was {self.num_steps} and num_epochs {self.num_epochs}: raise the one that is too small.")
         if self.num_steps is not None and self.warmup_steps(self.num_steps) > self.num_steps:
             raise InputError(f"Warm-up must not be longer than training, was {self.warmup:g} steps of {self.num_steps}: lower --warmup or raise --num-steps.")
         if self.schedule == "constant" and self.warmup not in (0, TrainSettings.warmup):
