@@ -29,6 +29,7 @@ def ranked() -> str:
     content = json.loads((ROOT / "results" / "qa-almanac-ranked.json").read_text())
     systems = content["systems"]
     top, cut, learned = (systems[name] for name in ("plain-top2", "truncated@0.065", "learned@0.065"))
+    unranked = json.loads((ROOT / "results" / "qa-almanac.json").read_text())["systems"]["learned@0.065"]
     pruned = json.loads((ROOT / "results" / "qa-kvpress.json").read_text())["systems"]
     more = next(own["exact_match"] for own in content["comparisons"]["equal_slots"] if own["system"] == "learned@0.065")
 
@@ -39,7 +40,7 @@ def ranked() -> str:
         f"At equal slots, the passages ranked by similarity to the question: plain RAG with the first two {score(top)} ({top['prompt_slots']:.0f} slots), truncation {score(cut)}, **learned policy {score(learned)}** "
         f"({learned['prompt_slots']:.0f} slots; {more['mean']:+.3f} [{more['low']:.3f}, {more['high']:.3f}]). On one fact the three are {score(top, 'one-hop')}, {score(cut, 'one-hop')} and {score(learned, 'one-hop')}: what is gained is "
         f"two hops, {score(top, 'two-hop')}, {score(cut, 'two-hop')} and {score(learned, 'two-hop')}. `refrag eval qa --data almanac --rank …` → `results/qa-almanac-ranked.json`. "
-        f"KV pruning to as many pairs, the same prompts and decoder: expected attention {score(pruned['kvpress-expected-attention@0.25'])}, SnapKV {score(pruned['kvpress-snapkv@0.25'])} "
+        f"KV pruning of plain RAG's prompts (in no order; the policy there {score(unranked)}) to as many pairs: expected attention {score(pruned['kvpress-expected-attention@0.25'])}, SnapKV {score(pruned['kvpress-snapkv@0.25'])} "
         "(`benchmarks/peers/kvpress_qa.py` → `results/qa-kvpress.json`)"
     )
 

@@ -248,12 +248,12 @@ def test_files_of_other_formats():
     assert error_of(write("a.txt", "One."), kind="questions") == said
 
 
-def test_markdown_is_text_but_beside_data_it_is_about_them():
+def test_markdown_is_text_but_a_readme_is_about_the_others():
     write("notes/a.md", "# One\n\nTwo.")
     write("notes/b.md", "Three.")
     assert [row for _, row in read("notes")] == ["# One\n\nTwo.", "Three."]
-    write("notes/c.txt", "Four.")
-    assert [row for _, row in read("notes")] == ["Four."]
+    write("notes/README.md", "Four.")
+    assert [row for _, row in read("notes")] == ["# One\n\nTwo.", "Three."] and [row for _, row in read("notes/README.md")] == ["Four."]
     assert error_of("notes/a.md", kind="questions").startswith("notes/a.md: questions are read from")
 
 

@@ -378,3 +378,9 @@ def test_what_the_command_refuses(arguments, said, capsys, tmp_path, monkeypatch
     (tmp_path / "a.txt").touch()
     status, _, err = run(capsys, *arguments)
     assert status == 2 and err.startswith(f"refrag: {said}") and len(err.splitlines()) == 1
+
+
+def test_rouge_is_compared_too(tiny_model):
+    pytest.importorskip("rouge_score")
+    none = qa.run(Refrag(tiny_model), [question()], settings(systems=("none",), max_new_tokens=4, rouge=True))["systems"]["none"]
+    assert {"rouge1", "rouge2", "rougeL"} <= none["against_plain"].keys() == none["metrics"].keys()

@@ -243,6 +243,10 @@ def test_an_index_is_not_overwritten(tmp_path, index, tiny_model, settings):
     with pytest.raises(InputError, match=r"An index needs a folder of its own, .*notes holds other files: pass another --index"):
         PassageIndex.create(tmp_path / "notes", tiny_model, settings)
     assert [own.name for own in (tmp_path / "notes").iterdir()] == ["mine.md"]
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    PassageIndex.create(tmp_path / "volume", tiny_model, settings)
+    (tmp_path / "volume" / "notes.txt").touch()  # beside an index that is there
+    assert PassageIndex.create(tmp_path / "volume", tiny_model, settings, rebuild=True).count == 0
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file, an index needs a folder"):
         PassageIndex.create(tmp_path / "file", tiny_model, settings)

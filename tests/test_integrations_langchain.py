@@ -114,6 +114,11 @@ def test_options_that_do_not_exist_are_refused(chat, almanac):
         ChatRefrag(engine=almanac[0], options={"top_kk": 3})
     with pytest.raises(InputError, match=r"There is no option 'expand_fracton' \(did you mean 'expand_fraction'\?\)"):
         ChatRefrag(engine=almanac[0], expand_fracton=1.0)
+    with pytest.raises(InputError, match=r"passages belong to a call: write  chat\.bind\(documents="):
+        ChatRefrag(engine=almanac[0], passages=["a"])
+    with pytest.raises(InputError, match=r"options must be a dict of options of Refrag\.answer, was str"):
+        ChatRefrag(engine=almanac[0], options="x")
+    assert ChatRefrag(engine=almanac[0], options=None).options == {}
     with pytest.raises(InputError, match=r"engine must be a refrag\.Refrag or the name of its model, was NoneType"):
         ChatRefrag(model="bundled")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DECODERS, logits_of, mixed_mask, vectors_of
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertForMaskedLM, DynamicCache
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers import auto as quantizers
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -249,8 +249,10 @@ def test_from_parts_by_folder(tmp_path, make_encoder, make_decoder, tokenizer, e
 def test_from_parts_that_do_not_exist_or_fit(make_encoder, make_decoder, tokenizer):
     with pytest.raises(NotFoundError, match="The encoder 'nowhere/model' could not be loaded"):
         RefragModel.from_parts("nowhere/model", make_decoder("llama"))
+    with pytest.raises(InputError, match="is a distilbert model whose tokens see those behind them"):  # its config does not know is_decoder
+        RefragModel.from_parts(make_encoder("bert"), DistilBertForMaskedLM(DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=2, hidden_dim=32)))
     for kind in ("bert", "roberta"):  # the parts in the wrong order: what it would decode sees ahead
-        with pytest.raises(InputError, match=rf"The decoder must be a causal language model, .* is a {kind} model that reads both ways: the order is from_parts\(encoder, decoder\)"):
+        with pytest.raises(InputError, match=rf"The decoder must be a causal language model, .* is a {kind} model whose tokens see those behind them: the order is from_parts\(encoder, decoder\)"):
             RefragModel.from_parts(make_decoder("llama"), AutoModelForCausalLM.from_config(make_encoder(kind).config))
     with pytest.raises(InputError, match="chunk_size must be a whole number of 1 or more, was '16': try 16"):
         RefragModel.from_parts(make_encoder("bert"), make_decoder("llama"), chunk_size="16")

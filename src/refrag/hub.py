@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -104,6 +105,8 @@ def why_unknown(name: str, **download: Any) -> str | None:
         if download.get("local_files_only"):
             raise FileNotFoundError("it is not in the cache")
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=download.get("revision")), token=download.get("token"))
+    except EntryNotFoundError:  # a repository without it, of an adapter for instance
+        return None
     except Exception as error:  # the hub's client raises errors of several libraries
         return "the hub cannot be reached" if "Connect" in type(error).__name__ else first_line(error)
     return None
@@ -359,9 +362,10 @@ def import_peft() -> Any:
 def check_parts(model: Any) -> None:
     """Raises InputError for a decoder whose tokens see those behind them, such as a BERT in its place, and as `check_tokenizers` does."""
     config = model.decoder.config
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+    is_causal = config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or any(getattr(config, name, False) for name in ("is_decoder", "causal"))
+    if not is_causal or getattr(config, "is_encoder_decoder", False):
         name = model.config.decoder_name or type(model.decoder).__name__
-        raise InputError(f"The decoder must be a causal language model, {name!r} is a {config.model_type} model that reads both ways: the order is from_parts(encoder, decoder).")
+        raise InputError(f"The decoder must be a causal language model, {name!r} is a {config.model_type} model whose tokens see those behind them: the order is from_parts(encoder, decoder).")
     check_tokenizers(model)
 
 

@@ -95,9 +95,7 @@ def _find(name: str, kind: Kind, streaming: bool) -> list[Source]:
 
 def _folder(folder: Path, kind: Kind) -> list[Source]:
     inside = sorted(path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    files = [path for path in inside if path.is_file() and _reader(path, kind)]
-    others = [path for path in files if not path.name.lower().endswith(MARKDOWN)]
-    sources = [_file(path, kind) for path in others or files]  # beside data a README is about them
+    sources = [_file(path, kind) for path in inside if path.is_file() and _reader(path, kind) and path.name.lower() != README]
     if not sources:
         raise InputError(f"The folder {folder} must hold {_endings(kind)} files with {kind} or a saved data set, has neither: convert what it holds, or name another.")
     return sources
@@ -253,7 +251,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         yield place, bad_row(place, f"the file cannot be read from here ({first_line(error)})", "copy it again")
 
 
-MARKDOWN = (".md", ".markdown", ".md.gz", ".md.zst")
+README = "readme.md"
+"""Of a folder's files it is about the others."""
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,

@@ -208,7 +208,7 @@ def summarise(outcome: Outcome, plain: Outcome, asked: Sequence[Asked], seed: in
         "num_questions": len(scores),
         "num_failed": len(outcome.scores) - len(scores),
         "problem": outcome.problem or None,
-        "metrics": {name: interval([own[name] for own in scores], seed) for name in (scores[0] if scores else ANSWER_METRICS)},
+        "metrics": {name: interval([own[name] for own in scores], seed) for name in _measured(outcome)},
         "unanswerable_accuracy": interval(unanswerable, seed),
         "citation_precision": interval([precision for precision, _ in outcome.cited], seed),
         "citation_recall": interval([recall for _, recall in outcome.cited], seed) if any(answer.citations for answer in answers) else interval([], seed),
@@ -221,7 +221,7 @@ def summarise(outcome: Outcome, plain: Outcome, asked: Sequence[Asked], seed: in
         "expanded_share": expanded / chunks if chunks else 0.0,
         "kv_bytes": _mean([answer.usage["kv_bytes"] for answer in answers]),
         "ttft_s": None,
-        "against_plain": {} if outcome is plain else {name: difference(outcome, plain, name, seed) for name in ANSWER_METRICS},
+        "against_plain": {} if outcome is plain else {name: difference(outcome, plain, name, seed) for name in _measured(outcome)},
     }
 
 
@@ -232,6 +232,11 @@ def interval(values: Sequence[float | None], seed: int) -> dict[str, Any] | None
         return None
     mean, low, high = mean_interval(present, seed=seed)
     return {"mean": mean, "low": low, "high": high, "n": len(present)}
+
+
+def _measured(outcome: Outcome) -> Iterable[str]:
+    """Names of the metrics of this run."""
+    return next((own for own in outcome.scores if own is not None), ANSWER_METRICS)
 
 
 def difference(outcome: Outcome, other: Outcome, metric: str, seed: int) -> dict[str, Any] | None:
@@ -308,7 +313,7 @@ def comparisons(outcomes: Sequence[Outcome], systems: dict[str, dict[str, Any]],
             rivals = [other for other in outcomes if other.system.is_baseline and (theirs := cost(systems[other.system.name])) is not None and theirs <= mine * (1 + TOLERANCE)]
             if rivals:
                 best = max(rivals, key=lambda other: systems[other.system.name]["metrics"]["f1"]["mean"])
-                gaps = {metric: difference(outcome, best, metric, seed) for metric in ANSWER_METRICS}
+                gaps = {metric: difference(outcome, best, metric, seed) for metric in _measured(outcome)}
                 costs_of = {"cost": mine, "cost_of_other": cost(systems[best.system.name])}
                 found[name].append({"system": outcome.system.name, "against": best.system.name, **costs_of, **gaps})
     return found

@@ -263,7 +263,7 @@ def quality(content: Content) -> View:
 
 def _differences(systems: Mapping[str, Content], comparisons: Content) -> list[Table]:
     """Paired differences: to plain RAG over the same passages, and to the best way without compression that costs no more."""
-    metrics = ("exact_match", "f1", "match")
+    metrics = ("exact_match", "f1", "match", "rougeL")
     header = [*map(title_of, metrics)]
 
     def gaps(own: Content) -> list[Cell]:

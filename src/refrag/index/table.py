@@ -21,6 +21,7 @@ from .manifest import MANIFEST_KEY, Manifest
 log = logging.getLogger(__name__)
 
 TABLE = "passages"
+OF_THE_SYSTEM = ("lost+found", "Thumbs.db", "desktop.ini")
 REBUILD = "rebuild"
 """Name of a table that is filled beside the one in use, to take its place."""
 REPLACED = "replaced"
@@ -59,8 +60,8 @@ def table_schema(manifest: Manifest, retrieval_width: int) -> pa.Schema:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether a local folder is not there, or holds nothing but hidden files and tables of Lance."""
-    return not folder.is_dir() or all(own.name.startswith(".") or own.suffix == ".lance" for own in folder.iterdir())
+    """Whether a local folder is not there, or holds nothing but tables of Lance, hidden files and what file systems put there."""
+    return not folder.is_dir() or all(own.name.startswith(".") or own.suffix == ".lance" or own.name in OF_THE_SYSTEM for own in folder.iterdir())
 
 
 def is_remote(path: str) -> bool:
@@ -102,7 +103,7 @@ class PassageTable:
         """A new, empty table with its indexes, in place of one that is there only if `replace`. Raises InputError where no folder can be."""
         if not is_remote(path) and Path(path).exists() and not Path(path).is_dir():
             raise InputError(f"{path} is a file, an index needs a folder: pass another --index.")
-        if name == TABLE and not is_remote(path) and not _is_free(Path(path)):
+        if name == TABLE and not is_remote(path) and not cls.exists(path) and not _is_free(Path(path)):
             raise InputError(f"An index needs a folder of its own, {path} holds other files: pass another --index.")
         with plain_errors(path):
             try:

@@ -23,10 +23,6 @@ except ImportError as error:
     raise missing_extra("langchain-core", "langchain", "The LangChain adapter") from error
 
 
-ALIASES = {own.alias for own in BaseChatModel.model_fields.values() if own.alias}
-"""Other names of LangChain's own settings."""
-
-
 class ChatRefrag(BaseChatModel):
     """Answers the last human message; earlier turns are history, system messages the system text.
 
@@ -47,8 +43,13 @@ class ChatRefrag(BaseChatModel):
         engine = Refrag.from_pretrained(engine) if isinstance(engine, str | Path) else engine
         if not isinstance(engine, Refrag):
             raise InputError(f"engine must be a refrag.Refrag or the name of its model, was {type(engine).__name__}: write  ChatRefrag(engine=Refrag.from_pretrained(…)).")
-        loose = {name: values.pop(name) for name in [*values] if name not in type(self).model_fields and name not in ALIASES}
-        values["options"] = check_options(values.get("options", {}) | loose)
+        known = {name for field, own in type(self).model_fields.items() for name in (field, own.alias)}
+        loose = {name: values.pop(name) for name in [*values] if name not in known}
+        if given := {"documents", "passages", "question"} & loose.keys():
+            raise InputError(f"{' and '.join(sorted(given))} belong to a call: write  chat.bind(documents=[…]).invoke(question)")
+        if not isinstance(options := values.get("options") or {}, dict):
+            raise InputError(f"options must be a dict of options of Refrag.answer, was {type(options).__name__}.")
+        values["options"] = check_options(options | loose)
         super().__init__(engine=engine, **values)
 
     @property

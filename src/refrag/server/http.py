@@ -139,7 +139,7 @@ def add_handlers(app: FastAPI) -> None:
         known = [str(part) for part in path[:-1] if isinstance(part, int) or part in FIELDS]  # without pydantic's words for the form of a value
         last = [str(part) for part in path[-1:] if kind == "extra_forbidden" or isinstance(part, int) or part in FIELDS]
         place = "" if kind == "json_invalid" else ".".join(known + last)
-        message = f"{place or 'The body'}: {_problem(deepest)}"
+        message = f"{place[:200] or 'The body'}: {_problem(deepest, error.errors(), http.url.path)}"
         if not place and "json" not in http.headers.get("content-type", ""):
             message = "The body must be JSON and say so: send the header  Content-Type: application/json"
         body = error_body(message, kind="invalid_request_error", code=deepest["type"], param=place or None)
@@ -164,15 +164,20 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(cls, failed)
 
 
-def _problem(error: Mapping[str, Any]) -> str:
+def _problem(error: Mapping[str, Any], all_errors: Sequence[Mapping[str, Any]], route: str) -> str:
     """One of pydantic's errors in words: what must hold, what was given, what to do."""
-    kind, name, given = error["type"], str(error["loc"][-1]), _shown(error.get("input"))
+    kind, place, given = error["type"], error["loc"], _shown(error.get("input"))
+    name = str(place[-1])
     if kind == "extra_forbidden":
-        meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, FIELDS, n=1, cutoff=0.8)), None)
+        fields = schema.BODIES[route].model_fields.keys() - schema.UNSUPPORTED if route in schema.BODIES and len(place) == 2 else set()
+        meant = OTHER_NAMES.get(name) if OTHER_NAMES.get(name) in fields else next(iter(get_close_matches(name, fields, n=1, cutoff=0.8)), None)
         return "there is no such field" + (f" (did you mean {meant!r}?)" if meant else "") + ": leave it out"
-    if name in schema.UNSUPPORTED and kind != "missing":
+    if kind == "missing":
+        unknown = [str(own["loc"][-1]) for own in all_errors if own["type"] == "extra_forbidden" and own["loc"][:-1] == place[:-1]]
+        return error["msg"] + (f" ({_shown(unknown[0])} is no field)" if unknown else "")
+    if name in schema.UNSUPPORTED and (len(place) == 2 or place[1] == "messages"):
         return f"this is not supported here, was {given}: leave it out"
-    return error["msg"] + ("" if kind in ("missing", "json_invalid", "value_error") else f", was {given}")
+    return error["msg"] + ("" if kind in ("json_invalid", "value_error") else f", was {given}")
 
 
 def _shown(value: Any) -> str:

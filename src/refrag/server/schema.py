@@ -194,3 +194,7 @@ class SearchRequest(Body):
     top_k: Number | None = None
     mode: Mode = "dense"
     where: NotBlank | None = None
+
+
+BODIES: dict[str, type[Body]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest, "/v1/answer": AnswerRequest, "/v1/passages/search": SearchRequest}
+"""Whose fields a route's misspelt one may have meant."""
