@@ -41,10 +41,8 @@ def takes_one(function: Callable[..., Any]) -> bool:
     """Whether a function can be called with one argument, as far as its signature tells."""
     try:
         inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature that can be read
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # it has no signature that can be read
     return True
 
 

@@ -26,8 +26,9 @@ except ImportError as error:
 class ChatRefrag(BaseChatModel):
     """Answers the last human message; earlier turns are history, system messages the system text.
 
-    `ChatRefrag(engine=engine, policy="similarity")`: every option of `Refrag.answer` can be given, for all calls here and by `chat.bind` for some. `chat.bind(documents=[…])` gives it the documents to read (LangChain's, or anything that `Refrag.answer` takes as a passage).
-    Without them the engine retrieves; an engine without index and retriever answers from the messages alone.
+    `chat.bind(documents=[…])` gives it the documents to read (LangChain's, or anything that `Refrag.answer` takes as a passage).
+    Every option of `Refrag.answer` can be given, for all calls here, `ChatRefrag(engine=engine, policy="similarity")`, or by `chat.bind`.
+    Without documents the engine retrieves; an engine without index and retriever answers from the messages alone.
     """
 
     engine: Any = Field(exclude=True)
